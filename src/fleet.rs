@@ -1,0 +1,316 @@
+//! Who exists, in which phase, at which address: the one picture that all parts share.
+//!
+//! The supervisor is the only writer ([`FleetPublisher`]); the router, the engine's glue and the
+//! status page read a [`FleetWatch`]. A snapshot is immutable; readers never block the writer.
+//!
+//! ```text
+//! Pending ─▶ Starting ─▶ WarmingUp ─▶ Verifying ─▶ Ready ◀─▶ Unreachable
+//!    ▲           │           │            │           │           │
+//!    │           └───────────┴──── died ──┴───────────┴───────────┘
+//!    │                              │
+//!    └────────── Backoff ◀──────────┤        CrashLoop (too many deaths; needs a hand)
+//!                                   └──────▶ Failed    (a reason that a retry cannot mend)
+//! any ─▶ Stopping ─▶ Stopped
+//! ```
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
+
+/// A node's name, unique in its topology: the `name` of its `[[node]]`, with `-0`, `-1`, ...
+/// appended when `count` is above one.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
+pub struct NodeId(Arc<str>);
+
+impl NodeId {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<&str> for NodeId {
+    fn from(name: &str) -> Self {
+        Self(name.into())
+    }
+}
+
+impl fmt::Display for NodeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+/// What a node does in the fleet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Computes prompts and saves their KV.
+    Prefill,
+    /// Loads KV and generates.
+    Decode,
+    /// Does both for itself; has no connector to the store.
+    Unified,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+            Self::Unified => "unified",
+        })
+    }
+}
+
+/// Where a node is in its life. Only [`Phase::Ready`] nodes get requests.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "phase", rename_all = "snake_case")]
+pub enum Phase {
+    /// Not spawned yet.
+    Pending,
+    /// Spawned; `/health` does not answer yet.
+    Starting,
+    /// Healthy; the first request compiles kernels.
+    WarmingUp,
+    /// Warm; waits for, or takes part in, the canary.
+    Verifying,
+    /// Serves.
+    Ready,
+    /// Ready, but the last health probe got no answer.
+    Unreachable,
+    /// Died; is started again after the delay.
+    Backoff {
+        #[serde(serialize_with = "as_millis")]
+        delay: Duration,
+    },
+    /// Died too often; stays down until a person restarts it.
+    CrashLoop,
+    /// Died for a reason that a retry cannot mend, or was refused by the canary.
+    Failed,
+    Stopping,
+    Stopped,
+}
+
+fn as_millis<S: serde::Serializer>(value: &Duration, s: S) -> Result<S::Ok, S::Error> {
+    s.serialize_u64(u64::try_from(value.as_millis()).unwrap_or(u64::MAX))
+}
+
+impl Phase {
+    /// A stable word for tables, logs and metrics.
+    pub fn label(&self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Starting => "starting",
+            Self::WarmingUp => "warming_up",
+            Self::Verifying => "verifying",
+            Self::Ready => "ready",
+            Self::Unreachable => "unreachable",
+            Self::Backoff { .. } => "backoff",
+            Self::CrashLoop => "crash_loop",
+            Self::Failed => "failed",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+        }
+    }
+
+    /// No event but a person's command leaves this phase.
+    pub fn is_terminal(&self) -> bool {
+        matches!(self, Self::CrashLoop | Self::Failed | Self::Stopped)
+    }
+}
+
+/// Whether KV that this node saves or loads may be used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "kv", content = "reason", rename_all = "snake_case")]
+pub enum KvTrust {
+    /// The node has no connector.
+    None,
+    /// The canary has not run on this incarnation: the node serves whole requests only.
+    Unproven,
+    /// The canary compared loaded with computed KV and found them equal.
+    Proven,
+    /// The canary found a difference, or nothing was loaded.
+    Refused(String),
+}
+
+/// One node as everybody but its own actor sees it.
+#[derive(Debug, Clone, Serialize)]
+pub struct NodeView {
+    pub id: NodeId,
+    pub role: Role,
+    pub addr: SocketAddr,
+    #[serde(flatten)]
+    pub phase: Phase,
+    #[serde(flatten)]
+    pub trust: KvTrust,
+    /// Counts spawns, from 1; 0 before the first.
+    pub incarnation: u64,
+    /// Every process of this incarnation and of all before it is gone.
+    pub reaped: u64,
+    /// The pid of the vLLM API server, while it lives.
+    pub pid: Option<u32>,
+    /// Restarts since pegaflow started.
+    pub restarts: u32,
+    /// Why the node died last, or why it is not ready.
+    pub reason: Option<String>,
+    /// When the phase was entered.
+    pub since: SystemTime,
+}
+
+impl NodeView {
+    /// A node before its first spawn.
+    pub fn pending(id: NodeId, role: Role, addr: SocketAddr) -> Self {
+        let trust = if role == Role::Unified {
+            KvTrust::None
+        } else {
+            KvTrust::Unproven
+        };
+        Self {
+            id,
+            role,
+            addr,
+            phase: Phase::Pending,
+            trust,
+            incarnation: 0,
+            reaped: 0,
+            pid: None,
+            restarts: 0,
+            reason: None,
+            since: SystemTime::now(),
+        }
+    }
+
+    pub fn is_ready(&self) -> bool {
+        self.phase == Phase::Ready
+    }
+
+    /// May take part in a hand-off.
+    pub fn can_hand_off(&self) -> bool {
+        self.is_ready() && self.trust == KvTrust::Proven
+    }
+}
+
+/// All nodes at one moment, ordered by name.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct FleetSnapshot {
+    nodes: BTreeMap<NodeId, NodeView>,
+}
+
+impl FleetSnapshot {
+    pub fn nodes(&self) -> impl Iterator<Item = &NodeView> {
+        self.nodes.values()
+    }
+
+    pub fn node(&self, id: &NodeId) -> Option<&NodeView> {
+        self.nodes.get(id)
+    }
+
+    pub fn ready(&self, role: Role) -> impl Iterator<Item = &NodeView> {
+        self.nodes()
+            .filter(move |node| node.role == role && node.is_ready())
+    }
+
+    /// A prefill and a decode node can hand off now.
+    pub fn can_split(&self) -> bool {
+        let proven = |role| self.ready(role).any(NodeView::can_hand_off);
+        proven(Role::Prefill) && proven(Role::Decode)
+    }
+}
+
+/// The supervisor's end of the fleet.
+#[derive(Debug, Clone)]
+pub struct FleetPublisher {
+    sender: Arc<watch::Sender<Arc<FleetSnapshot>>>,
+}
+
+/// A reader's end of the fleet.
+pub type FleetWatch = watch::Receiver<Arc<FleetSnapshot>>;
+
+impl FleetPublisher {
+    pub fn new(nodes: impl IntoIterator<Item = NodeView>) -> Self {
+        let nodes = nodes
+            .into_iter()
+            .map(|node| (node.id.clone(), node))
+            .collect();
+        let (sender, _) = watch::channel(Arc::new(FleetSnapshot { nodes }));
+        Self {
+            sender: Arc::new(sender),
+        }
+    }
+
+    pub fn watch(&self) -> FleetWatch {
+        self.sender.subscribe()
+    }
+
+    pub fn snapshot(&self) -> Arc<FleetSnapshot> {
+        self.sender.borrow().clone()
+    }
+
+    /// Changes one node and wakes the readers. A change of phase stamps `since`.
+    pub fn update(&self, id: &NodeId, change: impl FnOnce(&mut NodeView)) {
+        self.sender.send_if_modified(|current| {
+            let Some(old) = current.node(id) else {
+                return false;
+            };
+            let mut node = old.clone();
+            change(&mut node);
+            if node.phase != old.phase {
+                node.since = SystemTime::now();
+            }
+            Arc::make_mut(current).nodes.insert(id.clone(), node);
+            true
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fleet() -> FleetPublisher {
+        let addr = SocketAddr::from(([127, 0, 0, 1], 1));
+        FleetPublisher::new([
+            NodeView::pending("p".into(), Role::Prefill, addr),
+            NodeView::pending("d".into(), Role::Decode, addr),
+        ])
+    }
+
+    #[test]
+    fn splitting_needs_both_roles_ready_and_proven() {
+        let fleet = fleet();
+        for id in ["p", "d"] {
+            fleet.update(&id.into(), |node| node.phase = Phase::Ready);
+        }
+        assert!(!fleet.snapshot().can_split());
+        fleet.update(&"p".into(), |node| node.trust = KvTrust::Proven);
+        assert!(!fleet.snapshot().can_split());
+        fleet.update(&"d".into(), |node| node.trust = KvTrust::Proven);
+        assert!(fleet.snapshot().can_split());
+        fleet.update(&"d".into(), |node| node.phase = Phase::Unreachable);
+        assert!(!fleet.snapshot().can_split());
+    }
+
+    #[tokio::test]
+    async fn readers_are_woken_and_unknown_nodes_are_ignored() {
+        let fleet = fleet();
+        let mut watch = fleet.watch();
+        fleet.update(&"nobody".into(), |node| node.phase = Phase::Ready);
+        assert!(!watch.has_changed().unwrap());
+        fleet.update(&"p".into(), |node| node.incarnation = 1);
+        watch.changed().await.unwrap();
+        assert_eq!(watch.borrow().node(&"p".into()).unwrap().incarnation, 1);
+    }
+
+    #[test]
+    fn a_snapshot_serializes_flat() {
+        let json = serde_json::to_value(&*fleet().snapshot()).unwrap();
+        assert_eq!(json["nodes"]["p"]["phase"], "pending");
+        assert_eq!(json["nodes"]["p"]["kv"], "unproven");
+    }
+}
