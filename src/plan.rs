@@ -6,7 +6,6 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::fleet::{NodeId, Role};
@@ -47,7 +46,7 @@ pub struct ModelPlan {
 }
 
 /// PegaEngine's settings.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct KvPlan {
     /// No node shares KV (all are unified): the engine is not started.
     pub enabled: bool,
