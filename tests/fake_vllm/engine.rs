@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::AbortHandle;
 
 use crate::args::Args;
-use crate::kv::{Found, Key, Scheduler};
+use crate::kv::{self, Found, Key, Scheduler};
 use crate::script::ScriptReader;
 use crate::shm::Segment;
 use crate::wire::{
@@ -244,7 +244,7 @@ impl Engine {
         };
         let chunks: Vec<Chunk> = granted
             .into_iter()
-            .map(|(index, slot)| slot.chunk(&keys[index]))
+            .map(|(index, slot)| kv::chunk(slot, &keys[index]))
             .collect();
         if chunks.is_empty() {
             return;
@@ -282,7 +282,7 @@ impl Engine {
             .iter()
             .zip(keys)
             .map_while(|(found, key)| match found {
-                Found::Hit(slot) => Some(slot.chunk(key)),
+                Found::Hit(slot) => Some(kv::chunk(*slot, key)),
                 Found::Miss | Found::Pending => None,
             })
             .collect();
