@@ -9,14 +9,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::fleet::{NodeId, Role};
-
-/// Where the nodes compute.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Device {
-    Cuda,
-    Cpu,
-}
+pub use crate::topology::Device;
 
 /// Everything that `up` needs.
 #[derive(Debug, Clone)]
