@@ -1,10 +1,17 @@
 //! The repository's shape: layers, file length, where unsafe code may be, and the shipped configs.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic
+)]
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+
+use pegaflow::topology::Topology;
 
 /// Imports go from an earlier layer to a later one. Within a layer only where it is listed.
 const LAYERS: &[&[&str]] = &[
@@ -22,6 +29,7 @@ const SIDEWAYS: &[(&str, &str)] = &[
     ("runtime", "topology"),
     ("model", "topology"),
     ("model", "runtime"),
+    ("model", "instance"),
     ("instance", "topology"),
     ("instance", "runtime"),
     ("host", "topology"),
@@ -32,10 +40,8 @@ const MAX_LINES: usize = 450;
 /// Every other file is safe code.
 const MAY_BE_UNSAFE: &[&str] = &[
     "src/engine/arena.rs",
-    "src/engine/client.rs",
-    "src/engine/sys.rs",
+    "src/runtime/child.rs",
     "src/supervise/guard.rs",
-    "src/supervise/child.rs",
     "tests/fake_vllm/kv.rs",
     "tests/fake_vllm/shm.rs",
 ];
@@ -54,7 +60,12 @@ fn files(dir: &str, extension: &str) -> BTreeMap<String, String> {
             if path.is_dir() {
                 open.push(path);
             } else if path.extension().is_some_and(|found| found == extension) {
-                let name = path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned();
+                let name = path
+                    .strip_prefix(root())
+                    .unwrap()
+                    .to_str()
+                    .unwrap()
+                    .to_owned();
                 found.insert(name, fs::read_to_string(&path).unwrap());
             }
         }
@@ -74,7 +85,9 @@ fn layer(module: &str) -> Option<usize> {
 /// The modules that a file names as `crate::x`, also in `crate::{x::.., y::..}`.
 fn imports(text: &str) -> Vec<String> {
     let word = |text: &str| -> String {
-        text.chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect()
+        text.chars()
+            .take_while(|c| c.is_ascii_lowercase() || *c == '_')
+            .collect()
     };
     let mut found = Vec::new();
     for (at, _) in text.match_indices("crate::") {
@@ -101,6 +114,14 @@ fn imports(text: &str) -> Vec<String> {
     found
 }
 
+/// Doc links may point anywhere.
+fn without_comments(text: &str) -> String {
+    let code = text
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("//"));
+    code.collect::<Vec<_>>().join("\n")
+}
+
 #[test]
 fn imports_are_read_from_single_and_grouped_uses() {
     let text = "use crate::fleet::NodeId;\nuse crate::{plan::{A, B}, engine};\ncrate::host::x()";
@@ -119,7 +140,7 @@ fn imports_go_downward_only() {
             wrong.push(format!("{file}: `{from}` is in no layer"));
             continue;
         };
-        for to in imports(&text) {
+        for to in imports(&without_comments(&text)) {
             let Some(to_layer) = layer(&to) else { continue };
             let sideways = from == to || SIDEWAYS.contains(&(from, to.as_str()));
             if to_layer < from_layer || to_layer == from_layer && !sideways {
@@ -146,22 +167,26 @@ fn files_are_short() {
 fn unsafe_code_is_where_it_is_expected() {
     let mut wrong = Vec::new();
     for (file, text) in files("src", "rs").into_iter().chain(files("tests", "rs")) {
-        let code = text.lines().filter(|line| !line.trim_start().starts_with("//"));
+        let code = text
+            .lines()
+            .filter(|line| !line.trim_start().starts_with("//"));
         let is_unsafe = |line: &str| line.contains("unsafe {") || line.contains("unsafe fn");
-        if file != "tests/tidy.rs"
-            && !MAY_BE_UNSAFE.contains(&file.as_str())
-            && code.into_iter().any(is_unsafe)
-        {
+        if file != "tests/tidy.rs" && !MAY_BE_UNSAFE.contains(&file.as_str()) && is_unsafe {
             wrong.push(file);
         }
     }
-    assert!(wrong.is_empty(), "unsafe code outside of MAY_BE_UNSAFE: {wrong:?}");
+    assert!(
+        wrong.is_empty(),
+        "unsafe code outside of MAY_BE_UNSAFE: {wrong:?}"
+    );
 }
 
 #[test]
 fn every_unsafe_block_says_why_it_is_sound() {
     for file in MAY_BE_UNSAFE {
-        let Ok(text) = fs::read_to_string(root().join(file)) else { continue };
+        let Ok(text) = fs::read_to_string(root().join(file)) else {
+            continue;
+        };
         let lines: Vec<&str> = text.lines().collect();
         for (at, line) in lines.iter().enumerate() {
             if line.contains("unsafe {") {
@@ -177,10 +202,8 @@ fn every_unsafe_block_says_why_it_is_sound() {
 fn every_shipped_topology_loads() {
     let configs = files("configs", "toml");
     assert!(!configs.is_empty(), "configs/ holds no topology");
-    for (file, text) in configs {
-        // The whole check comes with `Topology::load`; this much holds for any TOML file.
-        let table: Result<toml::Table, _> = text.parse();
-        assert!(table.is_ok_and(|table| table.contains_key("node")), "{file}");
+    for file in configs.keys() {
+        let loaded = Topology::load(&root().join(file));
+        assert!(loaded.is_ok(), "{}", loaded.unwrap_err());
     }
-    let _ = Path::new("configs");
 }
