@@ -1,1 +1,125 @@
-//! (under construction)
+//! What this machine has: one look at it, for a plan that is made without looking again.
+//!
+//! Nothing here needs a GPU or its driver: NVML is loaded at run time, and a machine without it
+//! simply has no GPUs, with the reason in [`NvmlStatus`].
+
+use std::io;
+
+use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::unistd::Pid;
+use serde::{Deserialize, Serialize};
+
+mod gpus;
+mod ports;
+
+pub use gpus::take_gpus;
+pub use ports::{PORTS_PER_NODE, free_ports};
+
+/// The machine at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostSnapshot {
+    /// Cores that this process may use, ascending.
+    pub cpus: Vec<usize>,
+    /// Bytes.
+    pub memory_total: u64,
+    /// Bytes that can be had without swapping.
+    pub memory_available: u64,
+    /// By index; those that `CUDA_VISIBLE_DEVICES` hides are left out.
+    pub gpus: Vec<Gpu>,
+    pub nvml: NvmlStatus,
+}
+
+/// One GPU as NVML sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gpu {
+    /// In PCI bus order, as CUDA counts under `CUDA_DEVICE_ORDER=PCI_BUS_ID`.
+    pub index: u32,
+    pub uuid: String,
+    pub name: String,
+    /// Bytes; `None` where the driver does not say.
+    pub memory_total: Option<u64>,
+    pub memory_free: Option<u64>,
+    /// The GPU is split into MIG instances.
+    pub mig: bool,
+}
+
+/// Whether GPUs could be looked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum NvmlStatus {
+    Available,
+    /// The library is not installed.
+    Missing(String),
+    /// The library is there, but does not work.
+    Failed(String),
+}
+
+/// Why the machine could not be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum HostError {
+    #[error("cannot read which cores this process may use: {0}")]
+    Affinity(#[source] Errno),
+    #[error("cannot read /proc/meminfo: {0}")]
+    Memory(#[source] io::Error),
+    #[error("/proc/meminfo has no {0}")]
+    MemoryField(&'static str),
+    #[error(
+        "found {found} of {wanted} free port ranges on 127.0.0.1; write `port` in the [[node]]s"
+    )]
+    Ports { wanted: usize, found: usize },
+}
+
+impl HostSnapshot {
+    /// Looks at the machine. Blocks while the GPU driver answers: seconds, when it is asleep.
+    pub fn take() -> Result<Self, HostError> {
+        let meminfo = std::fs::read_to_string("/proc/meminfo").map_err(HostError::Memory)?;
+        let (gpus, nvml) = take_gpus();
+        Ok(Self {
+            cpus: cores()?,
+            memory_total: memory_field(&meminfo, "MemTotal")?,
+            memory_available: memory_field(&meminfo, "MemAvailable")?,
+            gpus,
+            nvml,
+        })
+    }
+}
+
+fn cores() -> Result<Vec<usize>, HostError> {
+    let set = sched_getaffinity(Pid::from_raw(0)).map_err(HostError::Affinity)?;
+    Ok((0..CpuSet::count())
+        .filter(|core| set.is_set(*core).unwrap_or(false))
+        .collect())
+}
+
+/// A field of /proc/meminfo in bytes.
+fn memory_field(meminfo: &str, field: &'static str) -> Result<u64, HostError> {
+    meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
+        .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
+        .map(|kib| kib * 1024)
+        .ok_or(HostError::MemoryField(field))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_machine_has_cores_and_memory() {
+        let host = HostSnapshot::take().unwrap();
+        assert!(!host.cpus.is_empty());
+        assert!(host.cpus.is_sorted());
+        assert!(host.memory_available > 0 && host.memory_available <= host.memory_total);
+    }
+
+    #[test]
+    fn meminfo_is_read_by_its_exact_field() {
+        let text = "MemTotalX:  1 kB\nMemTotal:     16 kB\nMemFree: 3 kB\n";
+        assert_eq!(memory_field(text, "MemTotal").unwrap(), 16 * 1024);
+        assert!(matches!(
+            memory_field(text, "MemAvailable"),
+            Err(HostError::MemoryField("MemAvailable"))
+        ));
+    }
+}

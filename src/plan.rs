@@ -5,18 +5,27 @@
 //! Making it is pure: it looks at a [`crate::host::HostSnapshot`], never at the machine.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::fleet::{NodeId, Role};
+use crate::host::HostSnapshot;
+pub use crate::topology::{
+    Device, RouterSettings as RouterPlan, SupervisorSettings as SupervisorPlan,
+};
+use crate::topology::{Launcher, ModelFacts, NodeSettings, Topology};
 
-/// Where the nodes compute.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Device {
-    Cuda,
-    Cpu,
-}
+mod cpu;
+mod gpu;
+mod launch;
+mod model_check;
+mod problem;
+mod render;
+
+use problem::Found;
+pub use problem::{PlanErrors, PlanProblem};
 
 /// Everything that `up` needs.
 #[derive(Debug, Clone)]
@@ -58,51 +67,8 @@ pub struct KvPlan {
     pub canary_logprob_tolerance: f64,
 }
 
-/// The router's settings.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RouterPlan {
-    pub listen: SocketAddr,
-    pub connect_timeout: Duration,
-    /// From sending a leg to its response head (for a stream) or whole reply.
-    pub first_byte_timeout: Duration,
-    /// Between two pieces of a stream.
-    pub chunk_timeout: Duration,
-    /// From sending the prefill leg to the engine's "KV ready"; then decode recomputes.
-    pub handoff_timeout: Duration,
-    /// Bytes of a request body.
-    pub max_body: usize,
-    /// Requests in flight, over all nodes.
-    pub max_in_flight: usize,
-    /// Requests that may wait for a place; more get 429.
-    pub max_queue: usize,
-    /// How long a request waits for a place, or for a node to come back.
-    pub queue_timeout: Duration,
-    /// After the stop signal, how long running requests may finish.
-    pub drain_timeout: Duration,
-}
-
-/// The supervisor's settings.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SupervisorPlan {
-    /// From spawn to ready; extended while the log grows.
-    pub start_timeout: Duration,
-    pub health_interval: Duration,
-    /// No answer for this long, with no other sign of life: the node is restarted.
-    pub hang_timeout: Duration,
-    /// Between TERM and KILL.
-    pub stop_grace: Duration,
-    /// The second restart's delay; doubles up to `backoff_max`.
-    pub backoff_first: Duration,
-    pub backoff_max: Duration,
-    /// Deaths within `crash_window` after which the node stays down.
-    pub crash_limit: u32,
-    pub crash_window: Duration,
-    /// Bytes of one log file before it is rotated; three old ones are kept.
-    pub log_bytes: u64,
-}
-
 /// One vLLM server.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct NodePlan {
     pub id: NodeId,
     pub role: Role,
@@ -116,4 +82,221 @@ pub struct NodePlan {
     pub argv: Vec<String>,
     /// Added to pegaflow's own environment. Holds secrets: never log it.
     pub env: BTreeMap<String, String>,
+}
+
+impl fmt::Debug for NodePlan {
+    /// Without the values of `env`, and without `argv`: both can hold secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("NodePlan")
+            .field("id", &self.id)
+            .field("role", &self.role)
+            .field("addr", &self.addr)
+            .field("gpus", &self.gpus)
+            .field("cpus", &self.cpus)
+            .field("tensor_parallel", &self.tensor_parallel)
+            .field("env", &self.env.keys())
+            .finish_non_exhaustive()
+    }
+}
+
+/// What other parts found out before the plan is made. Holds a secret: has no `Debug`.
+#[derive(Clone)]
+pub struct PlanInputs {
+    pub launcher: Launcher,
+    pub model: ModelFacts,
+    /// The first ports of as many free ranges as [`Plan::ports_needed`] says
+    /// ([`crate::host::free_ports`]).
+    pub ports: Vec<u16>,
+    /// Where PegaEngine listens.
+    pub engine_socket: PathBuf,
+    /// The directory that holds `pegaflow_vllm`.
+    pub shim_dir: PathBuf,
+    /// What a node must show to PegaEngine.
+    pub kv_token: String,
+    /// Differs between runs.
+    pub run_id: String,
+    /// `PYTHONPATH` of pegaflow's own environment.
+    pub inherited_pythonpath: Option<String>,
+    /// A CPU variant beside the topology file ([`crate::topology::cpu_sibling`]).
+    pub cpu_config: Option<PathBuf>,
+}
+
+/// One node to be: a `[[node]]` with `count` expanded.
+struct Replica<'t> {
+    id: NodeId,
+    /// The key of its `[[node]]`, like `node[1]`.
+    key: String,
+    settings: &'t NodeSettings,
+}
+
+/// Where a node computes and listens.
+#[derive(Debug, Clone, Default)]
+struct Placement {
+    gpus: Vec<u32>,
+    cpus: Vec<usize>,
+    port: u16,
+    /// The first of the ports for vLLM's own sockets.
+    internal_port: u16,
+}
+
+impl Plan {
+    /// How many port ranges a plan takes.
+    pub fn ports_needed(topology: &Topology) -> usize {
+        topology.nodes.iter().map(|node| node.count as usize).sum()
+    }
+
+    /// Answers every question that the topology left open, or says all that stands against it.
+    pub fn make(
+        topology: &Topology,
+        host: &HostSnapshot,
+        inputs: &PlanInputs,
+    ) -> Result<Self, PlanErrors> {
+        let replicas = replicas(topology);
+        let mut found = Found::default();
+        model_check::check(topology, &inputs.model, &mut found);
+        memory(topology, host, &mut found);
+        let mut placements = match topology.device {
+            Device::Cuda if host.gpus.is_empty() => {
+                found.problem("device", gpu::none(host, inputs));
+                Vec::new()
+            }
+            Device::Cuda => gpu::pin(&replicas, &host.gpus, &mut found),
+            Device::Cpu => cpu::pin(&replicas, &host.cpus, &mut found),
+        };
+        ports(&replicas, inputs, &mut placements, &mut found);
+        let warnings = found.into_warnings(topology)?;
+
+        let launch = launch::Launch { topology, inputs };
+        let nodes = replicas
+            .iter()
+            .zip(placements)
+            .map(|(replica, placement)| launch.node(replica, placement))
+            .collect();
+        Ok(Self {
+            name: topology.name.clone(),
+            device: topology.device,
+            model: ModelPlan {
+                served_name: topology.served_model_name.clone(),
+                load_from: inputs.model.load_from.clone(),
+                block_size: topology.block_size,
+            },
+            kv: KvPlan {
+                enabled: topology.nodes.iter().any(NodeSettings::shares_kv),
+                capacity: topology.kv.capacity,
+                handoff_deadline: topology.kv.handoff_deadline,
+                canary_logprob_tolerance: topology.kv.canary_logprob_tolerance,
+            },
+            router: topology.router.clone(),
+            supervisor: topology.supervisor.clone(),
+            nodes,
+            warnings,
+        })
+    }
+
+    /// A table of the nodes, without secrets.
+    pub fn table(&self) -> String {
+        render::table(self)
+    }
+}
+
+fn replicas(topology: &Topology) -> Vec<Replica<'_>> {
+    let nodes = topology.nodes.iter().enumerate();
+    nodes
+        .flat_map(|(index, settings)| {
+            settings.ids().map(move |id| Replica {
+                id,
+                key: format!("node[{index}]"),
+                settings,
+            })
+        })
+        .collect()
+}
+
+fn ports(
+    replicas: &[Replica<'_>],
+    inputs: &PlanInputs,
+    placements: &mut [Placement],
+    found: &mut Found,
+) {
+    if inputs.ports.len() < replicas.len() {
+        let problem = PlanProblem::TooFewPorts {
+            wanted: replicas.len(),
+            given: inputs.ports.len(),
+        };
+        found.problem("node", problem);
+    }
+    for ((replica, first), placement) in replicas.iter().zip(&inputs.ports).zip(placements) {
+        placement.port = replica.settings.port.unwrap_or(*first);
+        placement.internal_port = first.saturating_add(1);
+    }
+}
+
+/// The store must fit; the rest of what will be used is an estimate, so it only warns.
+fn memory(topology: &Topology, host: &HostSnapshot, found: &mut Found) {
+    /// What one vLLM on CPU took beside its KV cache and the model's weights.
+    const CPU_NODE: u64 = 4 << 30;
+    let shares = topology.nodes.iter().any(NodeSettings::shares_kv);
+    let store = if shares { topology.kv.capacity } else { 0 };
+    if store > host.memory_total {
+        let problem = PlanProblem::StoreTooLarge {
+            capacity: store,
+            memory: host.memory_total,
+        };
+        found.problem("kv.capacity", problem);
+    }
+    let nodes: u64 = match topology.device {
+        Device::Cuda => 0,
+        Device::Cpu => topology
+            .nodes
+            .iter()
+            .map(|node| u64::from(node.count) * (CPU_NODE + node.kv_cache.unwrap_or(0)))
+            .sum(),
+    };
+    let total = store.saturating_add(nodes);
+    if total > host.memory_available {
+        found.warning(format!(
+            "the nodes and the store will take about {}, but {} of memory are free",
+            bytesize::ByteSize(total),
+            bytesize::ByteSize(host.memory_available),
+        ));
+    }
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, port).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Replica;
+    use crate::fleet::Role;
+    use crate::topology::{CpuRequest, GpuRequest, NodeSettings};
+
+    pub(super) fn node(name: &str) -> NodeSettings {
+        NodeSettings {
+            name: name.to_owned(),
+            role: Role::Unified,
+            count: 1,
+            gpus: GpuRequest::Auto,
+            cpus: CpuRequest::Auto,
+            tensor_parallel: 1,
+            args: Vec::new(),
+            env: std::collections::BTreeMap::new(),
+            port: None,
+            gpu_memory_fraction: 0.9,
+            kv_cache: Some(1 << 30),
+        }
+    }
+
+    pub(super) fn replicas_of(nodes: &[NodeSettings]) -> Vec<Replica<'_>> {
+        nodes
+            .iter()
+            .enumerate()
+            .map(|(index, settings)| Replica {
+                id: settings.name.as_str().into(),
+                key: format!("node[{index}]"),
+                settings,
+            })
+            .collect()
+    }
 }

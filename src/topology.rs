@@ -1,1 +1,291 @@
-//! (under construction)
+//! The topology: what a person wrote in the TOML file (`docs/topology.md` explains every key).
+//!
+//! ```text
+//! text ─ toml ─▶ spanned document ─ read ─▶ Topology + problems ─ validate ─▶ Topology | problems
+//! ```
+//!
+//! [`read`] turns keys into types and fills in defaults, [`validate`] looks at combinations. Both
+//! add to one list, so that a person sees every problem of a file at once, each with its place.
+//! What depends on the machine (which GPU, which port) is not decided here but in
+//! [`crate::plan`].
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use std::{fs, io};
+
+use crate::fleet::{NodeId, Role};
+
+mod flags;
+mod keys;
+mod problem;
+mod read;
+mod section;
+mod source;
+mod validate;
+mod value;
+
+pub use problem::{Problem, ProblemKind, write_problems};
+pub use source::{Place, Source};
+
+/// A file with all defaults filled in and no contradiction.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Topology {
+    /// Where the keys stand in the file, for errors that are found later.
+    pub source: Source,
+    /// `[a-z0-9-]{1,40}`; two runs of one name exclude each other.
+    pub name: String,
+    pub device: Device,
+    pub model: ModelRef,
+    /// What clients write in `model`.
+    pub served_model_name: String,
+    /// As vLLM's `--dtype`.
+    pub dtype: String,
+    /// Tokens per KV block.
+    pub block_size: u32,
+    pub max_model_len: Option<u32>,
+    pub runtime: RuntimeSettings,
+    pub kv: KvSettings,
+    pub router: RouterSettings,
+    pub supervisor: SupervisorSettings,
+    /// In the file's order, at least one; `count` is not expanded.
+    pub nodes: Vec<NodeSettings>,
+}
+
+/// Where the nodes compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    Cuda,
+    Cpu,
+}
+
+/// Which Python and vLLM serve the nodes (`[runtime]`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RuntimeSettings {
+    /// The `vllm` program found on PATH.
+    Path,
+    /// An interpreter, or the directory of a virtual environment; already joined to the topology
+    /// file's directory.
+    Python(PathBuf),
+    /// A virtual environment that pegaflow makes and keeps in its cache.
+    Managed {
+        /// As `uv venv --python` takes it, like `3.11`.
+        python_version: String,
+        /// Requirement specifiers to install, at least one.
+        requirements: Vec<String>,
+        /// Requirement specifiers that replace what the requirements ask for.
+        overrides: Vec<String>,
+    },
+}
+
+/// How a vLLM API server is started: what `[runtime]` became on this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Launcher {
+    /// The `vllm` program: `vllm serve MODEL ...`.
+    Vllm(PathBuf),
+    /// An interpreter: `python -m vllm.entrypoints.openai.api_server --model MODEL ...`.
+    Python(PathBuf),
+}
+
+/// Which model all nodes serve (`model`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelRef {
+    /// `builtin:tiny`: a small seeded random model that pegaflow generates.
+    BuiltinTiny,
+    /// A directory, already joined to the topology file's directory.
+    Path(PathBuf),
+    /// A Hugging Face id, `owner/name`.
+    HuggingFace(String),
+}
+
+/// The model as it was found on this machine.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelFacts {
+    /// What vLLM gets as its model: a directory or a Hugging Face id.
+    pub load_from: String,
+    /// Differs when the weights differ (a revision, or a fingerprint of the files).
+    pub identity: String,
+    /// The model's `config.json`, where it could be read.
+    pub config: Option<serde_json::Value>,
+}
+
+/// `[kv]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KvSettings {
+    /// Bytes of the shared store.
+    pub capacity: u64,
+    pub handoff_deadline: Duration,
+    /// Skips the refusal of models that are known to answer wrongly with loaded KV.
+    pub allow_unproven_models: bool,
+    pub canary_logprob_tolerance: f64,
+}
+
+/// `[router]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouterSettings {
+    pub listen: SocketAddr,
+    pub connect_timeout: Duration,
+    /// From sending a leg to its response head (for a stream) or whole reply.
+    pub first_byte_timeout: Duration,
+    /// Between two pieces of a stream.
+    pub chunk_timeout: Duration,
+    /// From sending the prefill leg to the engine's "KV ready"; then decode recomputes.
+    pub handoff_timeout: Duration,
+    /// Bytes of a request body.
+    pub max_body: usize,
+    /// Requests in flight, over all nodes.
+    pub max_in_flight: usize,
+    /// Requests that may wait for a place; more get 429.
+    pub max_queue: usize,
+    /// How long a request waits for a place, or for a node to come back.
+    pub queue_timeout: Duration,
+    /// After the stop signal, how long running requests may finish.
+    pub drain_timeout: Duration,
+}
+
+/// `[supervisor]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SupervisorSettings {
+    /// From spawn to ready; extended while the log grows.
+    pub start_timeout: Duration,
+    pub health_interval: Duration,
+    /// No answer for this long, with no other sign of life: the node is restarted.
+    pub hang_timeout: Duration,
+    /// Between TERM and KILL.
+    pub stop_grace: Duration,
+    /// The second restart's delay; doubles up to `backoff_max`.
+    pub backoff_first: Duration,
+    pub backoff_max: Duration,
+    /// Deaths within `crash_window` after which the node stays down.
+    pub crash_limit: u32,
+    pub crash_window: Duration,
+    /// Bytes of one log file before it is rotated; three old ones are kept.
+    pub log_bytes: u64,
+}
+
+/// One `[[node]]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NodeSettings {
+    pub name: String,
+    pub role: Role,
+    /// Replicas, at least one.
+    pub count: u32,
+    pub gpus: GpuRequest,
+    pub cpus: CpuRequest,
+    /// How many GPUs (or groups of cores) one replica takes.
+    pub tensor_parallel: u32,
+    /// Flags for vLLM, after pegaflow's own.
+    pub args: Vec<String>,
+    pub env: BTreeMap<String, String>,
+    /// `None`: pegaflow finds one.
+    pub port: Option<u16>,
+    /// Of a GPU's memory, for weights and KV; in (0, 1].
+    pub gpu_memory_fraction: f64,
+    /// Bytes of vLLM's own KV cache; always there on CPU, in whole GiB.
+    pub kv_cache: Option<u64>,
+}
+
+impl NodeSettings {
+    /// The node takes part in hand-offs.
+    pub fn shares_kv(&self) -> bool {
+        self.role != Role::Unified
+    }
+
+    /// The names of the replicas.
+    pub fn ids(&self) -> impl Iterator<Item = NodeId> {
+        (0..self.count).map(|replica| {
+            if self.count == 1 {
+                NodeId::from(self.name.as_str())
+            } else {
+                NodeId::from(format!("{}-{replica}", self.name).as_str())
+            }
+        })
+    }
+}
+
+/// `gpus` of a node; how many is `tensor_parallel`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum GpuRequest {
+    /// Those with the most free memory.
+    Auto,
+    Listed(Vec<GpuSelector>),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum GpuSelector {
+    /// In PCI bus order, as nvidia-smi counts.
+    Index(u32),
+    /// As `nvidia-smi -L` prints it: `GPU-...`.
+    Uuid(String),
+}
+
+/// `cpus` of a node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CpuRequest {
+    /// An equal share of the cores.
+    Auto,
+    Listed(Vec<usize>),
+}
+
+/// Why a file cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TopologyErrors {
+    #[error("cannot read the topology {}: {source}", file.display())]
+    Read { file: PathBuf, source: io::Error },
+    /// Everything that is wrong with the file, in the file's order.
+    #[error("{}", write_problems(file, problems))]
+    Invalid {
+        file: PathBuf,
+        problems: Vec<Problem<ProblemKind>>,
+    },
+}
+
+impl Topology {
+    /// Reads and checks a file. Relative paths in it start from its directory.
+    pub fn load(file: &Path) -> Result<Self, TopologyErrors> {
+        let text = fs::read_to_string(file).map_err(|source| TopologyErrors::Read {
+            file: file.to_owned(),
+            source,
+        })?;
+        Self::parse(&text, file)
+    }
+
+    /// Checks the text of a file. `file` is for messages, the default name and relative paths; it
+    /// need not exist.
+    pub fn parse(text: &str, file: &Path) -> Result<Self, TopologyErrors> {
+        let invalid = |problems| TopologyErrors::Invalid {
+            file: file.to_owned(),
+            problems,
+        };
+        let document = toml::de::DeTable::parse(text)
+            .map_err(|error| invalid(vec![source::syntax_problem(text, &error)]))?;
+        let source = Source::new(file, text, document.get_ref());
+        let mut findings = problem::Findings::new(&source);
+        let topology = read::topology(document.get_ref(), &mut findings);
+        validate::validate(&topology, &mut findings);
+        match findings.into_problems() {
+            problems if problems.is_empty() => Ok(topology),
+            problems => Err(invalid(problems)),
+        }
+    }
+
+    /// Ports that the file names, for [`crate::host::free_ports`] to avoid.
+    pub fn fixed_ports(&self) -> Vec<u16> {
+        let nodes = self.nodes.iter().filter_map(|node| node.port);
+        nodes.chain([self.router.listen.port()]).collect()
+    }
+
+    /// Where a key like `node[1].gpus` stands in the file, or the nearest table around it.
+    pub fn place(&self, key: &str) -> Place {
+        self.source.value(key)
+    }
+}
+
+/// The CPU variant that lies beside a topology: `1p1d-cpu.toml` for `1p1d.toml`.
+pub fn cpu_sibling(file: &Path) -> Option<PathBuf> {
+    let stem = file.file_stem()?.to_str()?;
+    let sibling = file.with_file_name(format!("{stem}-cpu.toml"));
+    sibling.is_file().then_some(sibling)
+}

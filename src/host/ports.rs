@@ -1,0 +1,120 @@
+//! Ports that nodes can listen on.
+
+use std::fs;
+use std::net::{Ipv4Addr, TcpListener};
+
+use super::HostError;
+
+/// Each node gets this many ports in a row: the first for HTTP, the rest for vLLM's own sockets
+/// (`VLLM_PORT`), which it picks first and binds later.
+pub const PORTS_PER_NODE: u16 = 32;
+
+const FIRST: u16 = 10_240;
+/// Where Linux begins to hand out outgoing ports by default.
+const DEFAULT_EPHEMERAL: u16 = 32_768;
+
+/// The first ports of `count` ranges of [`PORTS_PER_NODE`], bindable on 127.0.0.1 a moment ago, and
+/// none of them holding a port of `avoid`.
+///
+/// They lie below the ephemeral range, so that no outgoing connection takes one before the node
+/// binds it, and start at a random place, so that two pegaflows seldom meet.
+pub fn free_ports(count: usize, avoid: &[u16]) -> Result<Vec<u16>, HostError> {
+    let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let candidates = candidates(ephemeral_start(&range));
+    let start = rand::random_range(0..candidates.len().max(1));
+    let ports: Vec<u16> = candidates
+        .iter()
+        .cycle()
+        .skip(start)
+        .take(candidates.len())
+        .copied()
+        .filter(|first| {
+            !avoid
+                .iter()
+                .any(|port| (*first..*first + PORTS_PER_NODE).contains(port))
+        })
+        .filter(|first| is_free(*first) && is_free(*first + 1))
+        .take(count)
+        .collect();
+    if ports.len() < count {
+        return Err(HostError::Ports {
+            wanted: count,
+            found: ports.len(),
+        });
+    }
+    Ok(ports)
+}
+
+fn ephemeral_start(range: &str) -> u16 {
+    let start = range.split_whitespace().next();
+    start
+        .and_then(|start| start.parse().ok())
+        .unwrap_or(DEFAULT_EPHEMERAL)
+}
+
+/// The starts of all ranges. Where the ephemeral range leaves too little room below it, it is
+/// ignored: a port that is taken between now and the bind is seen, and the node restarted.
+fn candidates(ephemeral: u16) -> Vec<u16> {
+    const ROOM: u16 = 64 * PORTS_PER_NODE;
+    let end = if ephemeral >= FIRST + ROOM {
+        ephemeral
+    } else {
+        u16::MAX
+    };
+    (FIRST..=end - PORTS_PER_NODE)
+        .step_by(usize::from(PORTS_PER_NODE))
+        .collect()
+}
+
+fn is_free(port: u16) -> bool {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn all() -> Vec<u16> {
+        let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range");
+        candidates(ephemeral_start(&range.unwrap_or_default()))
+    }
+
+    #[test]
+    fn ports_are_apart_free_and_not_avoided() {
+        let all = all();
+        let (kept, rest) = all.split_at(all.len() / 2);
+        let avoid: Vec<u16> = rest.iter().map(|port| port + 5).collect();
+        let mut ports = free_ports(8, &avoid).unwrap();
+        assert_eq!(ports.len(), 8);
+        assert!(ports.iter().all(|port| kept.contains(port)), "{ports:?}");
+        ports.sort_unstable();
+        ports.dedup();
+        assert_eq!(ports.len(), 8);
+
+        // A port that somebody listens on is not offered. (One test: binding is not private.)
+        let port = free_ports(1, &[]).unwrap()[0];
+        let others: Vec<u16> = all.iter().copied().filter(|other| *other != port).collect();
+        let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
+        assert!(matches!(
+            free_ports(1, &others),
+            Err(HostError::Ports {
+                wanted: 1,
+                found: 0
+            })
+        ));
+        drop(taken);
+        assert_eq!(free_ports(1, &others).unwrap(), [port]);
+    }
+
+    #[test]
+    fn ranges_lie_below_the_ephemeral_ports_where_there_is_room() {
+        assert!(
+            candidates(32_768)
+                .iter()
+                .all(|port| port + PORTS_PER_NODE <= 32_768)
+        );
+        assert!(candidates(1024).len() > 1000);
+        assert_eq!(ephemeral_start("20000\t60999\n"), 20_000);
+        assert_eq!(ephemeral_start(""), DEFAULT_EPHEMERAL);
+    }
+}

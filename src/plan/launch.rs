@@ -1,0 +1,151 @@
+//! The command line and the environment of one vLLM server. Pure.
+
+use std::collections::BTreeMap;
+
+use serde_json::json;
+
+use super::{NodePlan, Placement, PlanInputs, Replica, cpu, loopback};
+use crate::topology::{Device, Launcher, ModelRef, Topology};
+
+/// What all nodes have in common.
+pub(super) struct Launch<'a> {
+    pub(super) topology: &'a Topology,
+    pub(super) inputs: &'a PlanInputs,
+}
+
+impl Launch<'_> {
+    pub(super) fn node(&self, replica: &Replica<'_>, placement: Placement) -> NodePlan {
+        NodePlan {
+            id: replica.id.clone(),
+            role: replica.settings.role,
+            addr: loopback(placement.port),
+            argv: self.argv(replica, &placement),
+            env: self.env(replica, &placement),
+            tensor_parallel: replica.settings.tensor_parallel,
+            gpus: placement.gpus,
+            cpus: placement.cpus,
+        }
+    }
+
+    /// The user's own flags come last.
+    fn argv(&self, replica: &Replica<'_>, placement: &Placement) -> Vec<String> {
+        let Self { topology, inputs } = self;
+        let node = replica.settings;
+        let model = inputs.model.load_from.as_str();
+        let mut argv: Vec<String> = match &inputs.launcher {
+            Launcher::Vllm(program) => vec![
+                program.to_string_lossy().into_owned(),
+                "serve".to_owned(),
+                model.to_owned(),
+            ],
+            Launcher::Python(python) => [
+                &python.to_string_lossy(),
+                "-m",
+                "vllm.entrypoints.openai.api_server",
+                "--model",
+                model,
+            ]
+            .map(str::to_owned)
+            .to_vec(),
+        };
+        let mut flag = |name: &str, value: String| argv.extend([name.to_owned(), value]);
+        flag("--served-model-name", topology.served_model_name.clone());
+        flag("--host", loopback(placement.port).ip().to_string());
+        flag("--port", placement.port.to_string());
+        flag("--block-size", topology.block_size.to_string());
+        flag("--dtype", topology.dtype.clone());
+        flag("--tensor-parallel-size", node.tensor_parallel.to_string());
+        if let Some(length) = topology.max_model_len {
+            flag("--max-model-len", length.to_string());
+        }
+        if topology.device == Device::Cuda {
+            let fraction = node.gpu_memory_fraction;
+            flag("--gpu-memory-utilization", fraction.to_string());
+            if let Some(bytes) = node.kv_cache {
+                flag("--kv-cache-memory-bytes", bytes.to_string());
+            }
+        }
+        if node.shares_kv() {
+            flag("--prefix-caching-hash-algo", "sha256_cbor".to_owned());
+            flag("--kv-transfer-config", kv_transfer_config());
+        }
+        argv.extend(node.args.iter().cloned());
+        argv
+    }
+
+    /// Defaults, then the user's variables, then those that must be ours.
+    fn env(&self, replica: &Replica<'_>, placement: &Placement) -> BTreeMap<String, String> {
+        let Self { topology, inputs } = self;
+        let node = replica.settings;
+        let mut env = BTreeMap::new();
+        let mut set = |name: &str, value: String| env.insert(name.to_owned(), value);
+        for name in ["PYTHONUNBUFFERED", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"] {
+            set(name, "1".to_owned());
+        }
+        if self.model_is_local() {
+            set("HF_HUB_OFFLINE", "1".to_owned());
+        }
+        for (name, value) in &node.env {
+            set(name, value.clone());
+        }
+
+        set("PYTHONPATH", self.pythonpath(&node.env));
+        set("PYTHONHASHSEED", "0".to_owned());
+        set("VLLM_PORT", placement.internal_port.to_string());
+        set("PEGAFLOW_NODE", replica.id.to_string());
+        set("PEGAFLOW_RUN_ID", inputs.run_id.clone());
+        match topology.device {
+            Device::Cuda => {
+                let gpus: Vec<String> = placement.gpus.iter().map(u32::to_string).collect();
+                set("CUDA_DEVICE_ORDER", "PCI_BUS_ID".to_owned());
+                set("CUDA_VISIBLE_DEVICES", gpus.join(","));
+            }
+            Device::Cpu => {
+                let gib = node.kv_cache.unwrap_or(0) >> 30;
+                let bind = cpu::threads_bind(&placement.cpus, node.tensor_parallel);
+                set("VLLM_CPU_KVCACHE_SPACE", gib.to_string());
+                set("VLLM_CPU_OMP_THREADS_BIND", bind);
+            }
+        }
+        if node.shares_kv() {
+            let socket = inputs.engine_socket.to_string_lossy();
+            set("PEGAFLOW_KV_SOCKET", socket.into_owned());
+            set("PEGAFLOW_KV_TOKEN", inputs.kv_token.clone());
+            set("PEGAFLOW_WEIGHTS_ID", inputs.model.identity.clone());
+        }
+        env
+    }
+
+    /// Everything is on this disk: vLLM need not ask Hugging Face.
+    fn model_is_local(&self) -> bool {
+        match &self.topology.model {
+            ModelRef::BuiltinTiny | ModelRef::Path(_) => true,
+            ModelRef::HuggingFace(id) => *id != self.inputs.model.load_from,
+        }
+    }
+
+    fn pythonpath(&self, env: &BTreeMap<String, String>) -> String {
+        let shim = self.inputs.shim_dir.to_string_lossy();
+        let others = env
+            .get("PYTHONPATH")
+            .or(self.inputs.inherited_pythonpath.as_ref());
+        match others.filter(|others| !others.is_empty()) {
+            Some(others) => format!("{shim}:{others}"),
+            None => shim.into_owned(),
+        }
+    }
+}
+
+fn kv_transfer_config() -> String {
+    json!({
+        "kv_connector": "PegaConnector",
+        "kv_connector_module_path": "pegaflow_vllm.connector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "spec_name": "PegaSpec",
+            "spec_module_path": "pegaflow_vllm.spec",
+        },
+    })
+    .to_string()
+}

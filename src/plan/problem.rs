@@ -1,0 +1,148 @@
+//! Why a topology cannot run on this machine.
+
+use std::path::PathBuf;
+
+use bytesize::ByteSize;
+
+use crate::fleet::NodeId;
+use crate::topology::{GpuSelector, Problem, Topology, write_problems};
+
+/// Everything that stands against a plan.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", write_problems(file, problems))]
+pub struct PlanErrors {
+    pub file: PathBuf,
+    pub problems: Vec<Problem<PlanProblem>>,
+}
+
+/// One reason, as a fragment that follows the key.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum PlanProblem {
+    #[error(
+        "no GPU here ({reason}); to run on the CPU instead: pegaflow up {}", cpu_config.display()
+    )]
+    NoGpu { reason: String, cpu_config: PathBuf },
+    #[error(
+        "too few usable GPUs: {wanted} wanted, {usable} left\n    wanted: {wants}\n    here: {gpus}"
+    )]
+    TooFewGpus {
+        wanted: usize,
+        usable: usize,
+        /// Who wants how many.
+        wants: String,
+        /// What is the matter with each.
+        gpus: String,
+    },
+    #[error("{node} asks for {}, but here are: {gpus}", show(selector))]
+    UnknownGpu {
+        node: NodeId,
+        selector: GpuSelector,
+        gpus: String,
+    },
+    #[error(
+        "{node} asks for GPU {index}, which is split into MIG instances: not supported; switch MIG \
+         off (nvidia-smi -i {index} -mig 0) or choose another GPU"
+    )]
+    MigGpu { node: NodeId, index: u32 },
+    #[error(
+        "{node} asks for GPU {index} with {} of memory, but {} of {} are free; stop what uses it, \
+         choose another GPU or write a smaller `gpu_memory_fraction`",
+        ByteSize(*needed), ByteSize(*free), ByteSize(*total)
+    )]
+    BusyGpu {
+        node: NodeId,
+        index: u32,
+        needed: u64,
+        free: u64,
+        total: u64,
+    },
+    #[error("{node} asks for GPU {index}, which {other} has already; choose another GPU")]
+    DoubleBooked {
+        node: NodeId,
+        index: u32,
+        other: NodeId,
+    },
+    #[error(
+        "{node} asks for core {core}, but this process may use {}",
+        list(cores)
+    )]
+    UnknownCore {
+        node: NodeId,
+        core: usize,
+        cores: Vec<usize>,
+    },
+    #[error(
+        "a model with multi-head latent attention ({model_type}) answers wrongly on the CPU when \
+         its KV is loaded: vLLM's CPU kernels for it ignore context they did not compute; use \
+         `role = \"unified\"` nodes, or GPUs (`allow_unproven_models = true` in [kv] skips this \
+         check)"
+    )]
+    MlaOnCpu { model_type: String },
+    #[error(
+        "the store of {} is larger than this machine's memory of {}; write a smaller size",
+        ByteSize(*capacity), ByteSize(*memory)
+    )]
+    StoreTooLarge { capacity: u64, memory: u64 },
+    #[error("{wanted} port ranges are needed, {given} were found; write fewer nodes")]
+    TooFewPorts { wanted: usize, given: usize },
+}
+
+/// What the plan's parts find.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    problems: Vec<(String, PlanProblem)>,
+    warnings: Vec<String>,
+}
+
+impl Found {
+    pub(super) fn problem(&mut self, key: impl Into<String>, problem: PlanProblem) {
+        self.problems.push((key.into(), problem));
+    }
+
+    pub(super) fn warning(&mut self, text: String) {
+        self.warnings.push(text);
+    }
+
+    #[cfg(test)]
+    pub(super) fn problems(&self) -> Vec<PlanProblem> {
+        self.problems.iter().map(|(_, kind)| kind.clone()).collect()
+    }
+
+    #[cfg(test)]
+    pub(super) fn has_warnings(&self) -> bool {
+        !self.warnings.is_empty()
+    }
+
+    /// The warnings, if there is no problem.
+    pub(super) fn into_warnings(self, topology: &Topology) -> Result<Vec<String>, PlanErrors> {
+        if self.problems.is_empty() {
+            return Ok(self.warnings);
+        }
+        let mut problems: Vec<_> = self
+            .problems
+            .into_iter()
+            .map(|(key, kind)| Problem {
+                place: topology.place(&key),
+                key,
+                kind,
+            })
+            .collect();
+        problems.sort_by_key(|problem| problem.place);
+        Err(PlanErrors {
+            file: topology.source.file().to_owned(),
+            problems,
+        })
+    }
+}
+
+pub(super) fn list<T: std::fmt::Display>(items: &[T]) -> String {
+    let items: Vec<String> = items.iter().map(T::to_string).collect();
+    items.join(", ")
+}
+
+fn show(selector: &GpuSelector) -> String {
+    match selector {
+        GpuSelector::Index(index) => format!("GPU {index}"),
+        GpuSelector::Uuid(uuid) => uuid.clone(),
+    }
+}

@@ -1,0 +1,302 @@
+//! From the spanned document to a [`Topology`]: every key once, with its default.
+//!
+//! A value that cannot be read is reported and replaced by its default, so that reading goes on.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use toml::de::{DeTable, DeValue};
+
+use super::keys;
+use super::problem::{Findings, ProblemKind};
+use super::section::Section;
+use super::source::join;
+use super::value::{
+    address, boolean, cpus, device, duration_or_zero, gpus, integer, non_empty, number, one_of,
+    role, size, string, wrong,
+};
+use super::{
+    CpuRequest, Device, GpuRequest, KvSettings, ModelRef, NodeSettings, RouterSettings,
+    RuntimeSettings, SupervisorSettings, Topology,
+};
+use crate::fleet::Role;
+
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+/// Limits that only keep typing errors out.
+const MANY: i128 = 1_000_000;
+
+pub(super) fn topology(document: &DeTable<'_>, findings: &mut Findings<'_>) -> Topology {
+    let file = findings.source.file().to_owned();
+    let base = file.parent().unwrap_or(Path::new("")).to_owned();
+    let mut top = Section::new(document, String::new(), &keys::TOP, findings);
+
+    let device = top.get("device", device).unwrap_or(Device::Cuda);
+    let model = top.require(
+        "model",
+        "`model = \"owner/name\"`, a directory or \"builtin:tiny\"",
+    );
+    let model_text = model.unwrap_or_default();
+    let model = model_ref(&model_text, &base, top.findings);
+    let served_model_name = top
+        .get("served_model_name", non_empty)
+        .unwrap_or_else(|| last_component(&model_text));
+    let block_size = top
+        .get("block_size", integer(1..=1024))
+        .unwrap_or(match device {
+            Device::Cuda => 16,
+            Device::Cpu => 32,
+        });
+    Topology {
+        name: top.get("name", string).unwrap_or_else(|| stem_name(&file)),
+        device,
+        model,
+        served_model_name,
+        dtype: top.get("dtype", dtype).unwrap_or_else(|| "auto".to_owned()),
+        block_size,
+        max_model_len: top.get("max_model_len", integer(1..=1 << 30)),
+        runtime: runtime(&mut top, &base),
+        kv: kv(&mut top, device),
+        router: router(&mut top),
+        supervisor: supervisor(&mut top),
+        nodes: nodes(&mut top, device),
+        source: top.findings.source.clone(),
+    }
+}
+
+fn model_ref(text: &str, base: &Path, findings: &mut Findings<'_>) -> ModelRef {
+    let is_id_part = |part: &str| {
+        !part.is_empty()
+            && part
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    if text == "builtin:tiny" {
+        return ModelRef::BuiltinTiny;
+    }
+    if text.starts_with(['/', '.']) {
+        return ModelRef::Path(base.join(text));
+    }
+    let parts: Vec<&str> = text.split('/').collect();
+    if (parts.len() > 2 || !parts.iter().all(|part| is_id_part(part))) && !findings.is_bad("model")
+    {
+        let found = format!("{text:?}");
+        let instead = "a Hugging Face id like \"Qwen/Qwen3-8B\", a directory that begins with \
+                       \"/\" or \"./\", or \"builtin:tiny\"";
+        findings.add(
+            "model",
+            ProblemKind::BadValue {
+                found,
+                instead: instead.to_owned(),
+            },
+        );
+    }
+    ModelRef::HuggingFace(text.to_owned())
+}
+
+fn last_component(model: &str) -> String {
+    model
+        .rsplit(['/', ':'])
+        .find(|part| !part.is_empty() && *part != ".")
+        .unwrap_or("model")
+        .to_owned()
+}
+
+/// The file's name as far as it can name an instance; validation has the last word.
+fn stem_name(file: &Path) -> String {
+    let stem = file.file_stem().unwrap_or_default().to_string_lossy();
+    stem.to_lowercase().replace(['_', '.', ' '], "-")
+}
+
+fn dtype(value: &DeValue<'_>) -> Result<String, ProblemKind> {
+    let names = ["auto", "bfloat16", "float16", "half", "float32", "float"];
+    one_of(value, &names.map(|name| (name, name.to_owned())))
+}
+
+fn runtime(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RuntimeSettings {
+    #[derive(Clone, Copy, PartialEq)]
+    enum Kind {
+        Path,
+        Python,
+        Managed,
+    }
+    let mut section = top.sub("runtime", &keys::RUNTIME);
+    let kinds = [
+        ("path", Kind::Path),
+        ("python", Kind::Python),
+        ("managed", Kind::Managed),
+    ];
+    let kind = section.get("kind", |value| one_of(value, &kinds));
+    if let Some((kind, name)) = kind
+        .or((!section.has("kind")).then_some(Kind::Path))
+        .and_then(|kind| Some((kind, kinds.iter().find(|(_, k)| *k == kind)?.0)))
+    {
+        for (key, owner) in [
+            ("python", Kind::Python),
+            ("python_version", Kind::Managed),
+            ("requirements", Kind::Managed),
+            ("overrides", Kind::Managed),
+        ] {
+            if section.has(key) && owner != kind {
+                let owner = if owner == Kind::Python {
+                    "python"
+                } else {
+                    "managed"
+                };
+                let conflict = ProblemKind::Conflict {
+                    with: format!("`kind = \"{name}\"`"),
+                    instead: format!("write `kind = \"{owner}\"`, or leave it out"),
+                };
+                section.findings.add_at_key(&join("runtime", key), conflict);
+            }
+        }
+    }
+    match kind {
+        None | Some(Kind::Path) => RuntimeSettings::Path,
+        Some(Kind::Python) => {
+            let python = section.require("python", "`python = \"/path/to/venv\"`");
+            RuntimeSettings::Python(python.map_or_else(PathBuf::new, |path| base.join(path)))
+        }
+        Some(Kind::Managed) => {
+            let requirements = section.strings("requirements");
+            if requirements.is_empty() && !section.findings.is_bad("runtime.requirements") {
+                section.missing("requirements", "`requirements = [\"vllm==...\"]`");
+            }
+            RuntimeSettings::Managed {
+                python_version: section
+                    .get("python_version", non_empty)
+                    .unwrap_or_else(|| "3.11".to_owned()),
+                requirements,
+                overrides: section.strings("overrides"),
+            }
+        }
+    }
+}
+
+fn kv(top: &mut Section<'_, '_, '_, '_>, device: Device) -> KvSettings {
+    let mut section = top.sub("kv", &keys::KV);
+    KvSettings {
+        capacity: section.get("capacity", size).unwrap_or(8 * GIB),
+        handoff_deadline: section.seconds("handoff_deadline", 60),
+        allow_unproven_models: section
+            .get("allow_unproven_models", boolean)
+            .unwrap_or(false),
+        canary_logprob_tolerance: section
+            .get("canary_logprob_tolerance", number(0.0..=10.0))
+            .unwrap_or(match device {
+                Device::Cuda => 0.05,
+                Device::Cpu => 0.0,
+            }),
+    }
+}
+
+fn router(top: &mut Section<'_, '_, '_, '_>) -> RouterSettings {
+    let mut section = top.sub("router", &keys::ROUTER);
+    let body = section.get("max_body", size).unwrap_or(64 * MIB);
+    RouterSettings {
+        listen: section
+            .get("listen", address)
+            .unwrap_or_else(|| ([127, 0, 0, 1], 8000).into()),
+        connect_timeout: section.seconds("connect_timeout", 5),
+        first_byte_timeout: section.seconds("first_byte_timeout", 600),
+        chunk_timeout: section.seconds("chunk_timeout", 120),
+        handoff_timeout: section.seconds("handoff_timeout", 60),
+        max_body: usize::try_from(body).unwrap_or(usize::MAX),
+        max_in_flight: section
+            .get("max_in_flight", integer(1..=MANY))
+            .unwrap_or(1024),
+        max_queue: section.get("max_queue", integer(0..=MANY)).unwrap_or(1024),
+        queue_timeout: section
+            .get("queue_timeout", duration_or_zero)
+            .unwrap_or(Duration::from_secs(60)),
+        drain_timeout: section
+            .get("drain_timeout", duration_or_zero)
+            .unwrap_or(Duration::from_secs(30)),
+    }
+}
+
+fn supervisor(top: &mut Section<'_, '_, '_, '_>) -> SupervisorSettings {
+    let mut section = top.sub("supervisor", &keys::SUPERVISOR);
+    SupervisorSettings {
+        start_timeout: section.seconds("start_timeout", 900),
+        health_interval: section.seconds("health_interval", 1),
+        hang_timeout: section.seconds("hang_timeout", 120),
+        stop_grace: section.seconds("stop_grace", 15),
+        backoff_first: section.seconds("backoff_first", 5),
+        backoff_max: section.seconds("backoff_max", 120),
+        crash_limit: section.get("crash_limit", integer(1..=1000)).unwrap_or(5),
+        crash_window: section.seconds("crash_window", 30 * 60),
+        log_bytes: section.get("log_bytes", size).unwrap_or(32 * MIB),
+    }
+}
+
+fn nodes(top: &mut Section<'_, '_, '_, '_>, device: Device) -> Vec<NodeSettings> {
+    const INSTEAD: &str = "at least one [[node]] with its role";
+    let items = match top.raw("node") {
+        Some(DeValue::Array(items)) if !items.is_empty() => items,
+        Some(DeValue::Array(_)) | None => {
+            top.missing("node", INSTEAD);
+            return Vec::new();
+        }
+        Some(other) => {
+            top.findings
+                .add("node", wrong(other, "[[node]], with two brackets"));
+            return Vec::new();
+        }
+    };
+    let mut nodes = Vec::new();
+    for (index, item) in items.iter().enumerate() {
+        let path = format!("node[{index}]");
+        match item.get_ref() {
+            DeValue::Table(table) => {
+                let section = Section::new(table, path, &keys::NODE, top.findings);
+                nodes.push(node(section, device));
+            }
+            other => top
+                .findings
+                .add(&path, wrong(other, "a table, as [[node]]")),
+        }
+    }
+    nodes
+}
+
+fn node(mut section: Section<'_, '_, '_, '_>, device: Device) -> NodeSettings {
+    if !section.has("role") {
+        section.missing("role", "`role = \"prefill\"`, \"decode\" or \"unified\"");
+    }
+    let role = section.get("role", role).unwrap_or(Role::Unified);
+    let (gpus, gpu_count) = section
+        .get("gpus", gpus)
+        .unwrap_or((GpuRequest::Auto, None));
+    let tensor_parallel = section.get("tensor_parallel", integer(1..=64));
+    if let (Some(tensor_parallel), Some(gpu_count)) = (tensor_parallel, gpu_count)
+        && tensor_parallel != gpu_count
+    {
+        let conflict = ProblemKind::Conflict {
+            with: format!("`tensor_parallel = {tensor_parallel}`"),
+            instead: format!("it asks for {gpu_count} GPUs; write the same number"),
+        };
+        section.findings.add(&join(&section.path, "gpus"), conflict);
+    }
+    NodeSettings {
+        name: section
+            .get("name", string)
+            .unwrap_or_else(|| role.to_string()),
+        role,
+        count: section.get("count", integer(1..=64)).unwrap_or(1),
+        gpus,
+        cpus: section.get("cpus", cpus).unwrap_or(CpuRequest::Auto),
+        tensor_parallel: tensor_parallel.or(gpu_count).unwrap_or(1),
+        args: section.strings("args"),
+        env: section.string_map("env"),
+        port: section
+            .get("port", integer(0..=65535))
+            .filter(|port| *port != 0),
+        gpu_memory_fraction: section
+            .get("gpu_memory_fraction", number(0.01..=1.0))
+            .unwrap_or(0.9),
+        kv_cache: section
+            .get("kv_cache", size)
+            .or((device == Device::Cpu).then_some(GIB)),
+    }
+}
