@@ -1,4 +1,5 @@
-//! Which node: the one with the fewest of our requests in flight; ties go round.
+//! Which node: the one with the fewest of our requests in flight; of those with equally few, the one
+//! that was not picked for the longest time.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -6,10 +7,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::fleet::{NodeId, NodeView, Role};
 
+/// Of every node that was ever picked; as many as the topology has.
 #[derive(Debug, Default)]
 struct Loads {
-    in_flight: BTreeMap<NodeId, usize>,
-    turn: usize,
+    nodes: BTreeMap<NodeId, Load>,
+    turn: u64,
+}
+
+#[derive(Debug, Default, Clone, Copy)]
+struct Load {
+    in_flight: usize,
+    /// When it was picked last, in picks.
+    turn: u64,
 }
 
 /// Counts the requests in flight per node. Cheap to clone; clones share the counts.
@@ -32,22 +41,16 @@ impl Balancer {
     /// Choosing and counting are one step, so requests that arrive together spread.
     pub(super) fn pick<'a>(&self, candidates: impl Iterator<Item = &'a NodeView>) -> Option<Pick> {
         let mut loads = self.lock();
-        let load = |node: &NodeView| loads.in_flight.get(&node.id).copied().unwrap_or(0);
-        let mut least = usize::MAX;
-        let mut tied: Vec<&NodeView> = Vec::new();
-        for node in candidates {
-            let load = load(node);
-            if load < least {
-                least = load;
-                tied.clear();
-            }
-            if load == least {
-                tied.push(node);
-            }
-        }
-        let node = *tied.get(loads.turn.checked_rem(tied.len())?)?;
-        loads.turn = loads.turn.wrapping_add(1);
-        *loads.in_flight.entry(node.id.clone()).or_default() += 1;
+        let load = |node: &&NodeView| {
+            let load = loads.nodes.get(&node.id).copied().unwrap_or_default();
+            (load.in_flight, load.turn)
+        };
+        let node = candidates.min_by_key(load)?;
+        loads.turn += 1;
+        let turn = loads.turn;
+        let load = loads.nodes.entry(node.id.clone()).or_default();
+        load.in_flight += 1;
+        load.turn = turn;
         Some(Pick {
             id: node.id.clone(),
             role: node.role,
@@ -59,7 +62,10 @@ impl Balancer {
 
     /// Nodes that serve something now, with how much.
     pub(super) fn in_flight(&self) -> BTreeMap<NodeId, usize> {
-        self.lock().in_flight.clone()
+        let busy = |(id, load): (&NodeId, &Load)| {
+            (load.in_flight > 0).then(|| (id.clone(), load.in_flight))
+        };
+        self.lock().nodes.iter().filter_map(busy).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, Loads> {
@@ -71,11 +77,8 @@ impl Balancer {
 impl Drop for Pick {
     fn drop(&mut self) {
         let mut loads = self.balancer.lock();
-        if let Some(count) = loads.in_flight.get_mut(&self.id) {
-            *count -= 1;
-            if *count == 0 {
-                loads.in_flight.remove(&self.id);
-            }
+        if let Some(load) = loads.nodes.get_mut(&self.id) {
+            load.in_flight -= 1;
         }
     }
 }
@@ -106,6 +109,19 @@ mod tests {
         let one = balancer.pick(nodes.iter()).unwrap().id.clone();
         let other = balancer.pick(nodes.iter()).unwrap().id.clone();
         assert_ne!(one, other, "idle nodes take turns");
+    }
+
+    #[test]
+    fn the_turn_of_one_role_is_not_moved_by_another() {
+        let (balancer, nodes) = (Balancer::default(), nodes(&["a", "b", "p"]));
+        let picked: Vec<_> = (0..4)
+            .map(|_| {
+                balancer.pick(nodes[2..].iter()).unwrap();
+                balancer.pick(nodes[..2].iter()).unwrap().id.clone()
+            })
+            .collect();
+        assert_eq!(picked[..2], picked[2..]);
+        assert_ne!(picked[0], picked[1]);
     }
 
     #[test]

@@ -70,6 +70,9 @@ pub(super) async fn deliver(
     let mut patience = None;
     loop {
         let pick = choice.next(cx, &task, &mut patience).await?;
+        if let Some((_, error)) = &choice.last {
+            cx.metrics.retry(task.label(), error.label());
+        }
         let leg = Leg {
             caller: call.caller,
             endpoint: call.endpoint,
@@ -92,7 +95,6 @@ pub(super) async fn deliver(
             phase = legs::lost(cx.fleet.clone(), &pick) => LegError::NodeLost { phase },
         };
         tracing::warn!(node = %pick.id, id = call.caller.id, %error, "a leg failed before its first byte");
-        cx.metrics.retry(task.label(), error.label());
         choice.failed(&pick, error);
     }
 }

@@ -49,6 +49,9 @@ pub(super) async fn prefill(cx: &Context, call: &Call<'_>) -> Stage {
     let mut reason = "no_prefill_node";
     while tried.len() < MAX_ATTEMPTS {
         let Some(pick) = pick(cx, &tried) else { break };
+        if !tried.is_empty() {
+            cx.metrics.retry("prefill", reason);
+        }
         let mut attempt = Attempt::start(cx, call, pick, tried.len());
         let event = attempt.wait(cx, deadline).await;
         match event {
@@ -77,7 +80,6 @@ pub(super) async fn prefill(cx: &Context, call: &Call<'_>) -> Stage {
                 return Stage::Decode(attempt.into_ticket());
             }
         }
-        cx.metrics.retry("prefill", reason);
         tried.push(attempt.into_tried());
     }
     cx.metrics.fallback(reason);

@@ -43,7 +43,7 @@ pub enum LegError {
     NodeLost { phase: &'static str },
     #[error("the reply has more than {limit} bytes")]
     TooLarge { limit: usize },
-    #[error("the stream ended without [DONE]")]
+    #[error("the stream ended too early")]
     Truncated,
     #[error("the stream began with an error: {0}")]
     InStream(String),

@@ -237,6 +237,18 @@ impl ReplyBody {
     }
 }
 
+impl Drop for ReplyBody {
+    fn drop(&mut self) {
+        // Some clients hang up on [DONE], without waiting for the end of the body.
+        if let Some((stream, _)) = &self.running
+            && stream.splitter.done
+            && self.first.is_none()
+        {
+            self.end(Outcome::Ok);
+        }
+    }
+}
+
 impl Body for ReplyBody {
     type Data = Bytes;
     type Error = std::convert::Infallible;
