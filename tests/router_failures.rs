@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use support_router::*;
 
 fn short_timeouts() -> RouterPlan {
-    let short = Duration::from_millis(150);
+    let short = Duration::from_millis(700);
     RouterPlan {
         first_byte_timeout: short,
         chunk_timeout: short,
