@@ -70,15 +70,8 @@ pub async fn serve(
     deps: RouterDeps,
     shutdown: Shutdown,
 ) -> Result<(), RouterError> {
-    let drain_timeout = deps.plan.drain_timeout;
     let cx = Arc::new(Context::new(deps, &shutdown)?);
-    server::run(
-        listener,
-        routes::routes(cx.clone()),
-        drain_timeout,
-        &shutdown,
-    )
-    .await?;
+    server::run(listener, routes::routes(cx.clone()), &cx.plan, &shutdown).await?;
     cx.stop.cancel();
     cx.background.close();
     cx.background.wait().await;

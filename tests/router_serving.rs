@@ -343,6 +343,17 @@ async fn a_client_that_does_not_read_stops_the_node_from_producing() {
     drop(held);
     a.active_is(0).await;
     rig.finish().await;
+
+    let mut strict = plan();
+    strict.chunk_timeout = Duration::from_millis(700);
+    let rig = Rig::start(&board, strict, &[("a", Role::Unified, a.addr)]).await;
+    let held = soon("head", rig.request("/v1/completions", &body).send())
+        .await
+        .unwrap();
+    // It still holds its connection, and yet its place is taken away.
+    rig.idle().await;
+    drop(held);
+    rig.finish().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

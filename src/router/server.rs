@@ -6,12 +6,14 @@ use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::error::RouterError;
+use crate::plan::RouterPlan;
 use crate::shutdown::Shutdown;
 
 /// Connections at a time; more wait in the listener's backlog.
@@ -24,10 +26,11 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 pub(super) async fn run(
     listener: TcpListener,
     routes: Router,
-    drain_timeout: Duration,
+    plan: &RouterPlan,
     shutdown: &Shutdown,
 ) -> Result<(), RouterError> {
     listener.local_addr().map_err(RouterError::Listener)?;
+    let drain_timeout = plan.drain_timeout;
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -37,6 +40,7 @@ pub(super) async fn run(
             accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
                 Ok((stream, _)) => {
                     let draining = shutdown.graceful().clone();
+                    prepare(&stream, plan.chunk_timeout);
                     connections.spawn(connection(stream, routes.clone(), draining));
                 }
                 Err(error) => {
@@ -59,10 +63,19 @@ pub(super) async fn run(
     Ok(())
 }
 
-async fn connection(stream: TcpStream, routes: Router, draining: CancellationToken) {
+/// A client that takes nothing for as long as a node may say nothing is gone: without that it would
+/// hold its place for ever. The kernel watches it, also while its window is closed.
+fn prepare(stream: &TcpStream, patience: Duration) {
+    let millis = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "cannot set TCP_NODELAY");
     }
+    if let Err(error) = setsockopt(stream, sockopt::TcpUserTimeout, &millis) {
+        tracing::debug!(%error, "cannot set TCP_USER_TIMEOUT");
+    }
+}
+
+async fn connection(stream: TcpStream, routes: Router, draining: CancellationToken) {
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
