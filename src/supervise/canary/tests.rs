@@ -1,3 +1,5 @@
+mod fakes;
+
 use std::net::SocketAddr;
 
 use crate::fleet::FleetPublisher;
