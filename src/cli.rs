@@ -1,1 +1,103 @@
-//! (under construction)
+//! The command line: parse, dispatch, exit code. [`up`] is the only place where the supervisor, the
+//! engine and the router meet.
+
+mod exit;
+mod prepare;
+mod ready;
+mod up;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+pub use exit::Exit;
+
+use crate::observe::{Console, LogFormat};
+use crate::shutdown::{Shutdown, SignalListener};
+use crate::supervise::{GuardArgs, guard_main};
+
+/// Prefill/decode-disaggregated vLLM serving on one machine.
+#[derive(Debug, Parser)]
+#[command(name = "pegaflow", version, about, after_help = exit::HELP)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Start everything that a topology describes and serve it until Ctrl-C.
+    Up(Target),
+    /// Install the runtime and fetch the model that a topology needs, and stop there.
+    Prepare(Target),
+    /// The process between pegaflow and one node (internal).
+    #[command(name = "__guard", hide = true)]
+    Guard(GuardArgs),
+}
+
+#[derive(Debug, Args)]
+struct Target {
+    /// The topology file, for example configs/1p1d.toml.
+    topology: PathBuf,
+    /// How log lines look on stderr.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text, env = "PEGAFLOW_LOG_FORMAT")]
+    log_format: LogFormat,
+}
+
+/// Runs the program and says how it ended.
+pub fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Guard(args) => guard_main(args),
+        Command::Up(target) => run(&target, up::up),
+        Command::Prepare(target) => run(&target, prepare::prepare),
+    }
+}
+
+/// What a command has at hand.
+struct Context {
+    topology: PathBuf,
+    console: Console,
+    shutdown: Shutdown,
+}
+
+fn run<F>(target: &Target, command: impl FnOnce(Context) -> F) -> ExitCode
+where
+    F: Future<Output = Result<(), Exit>>,
+{
+    let console = crate::observe::init(target.log_format);
+    let outcome = start(target, &console, command);
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(exit) => {
+            console.print(&format!("error: {exit}"));
+            exit.code()
+        }
+    }
+}
+
+fn start<F>(
+    target: &Target,
+    console: &Console,
+    command: impl FnOnce(Context) -> F,
+) -> Result<(), Exit>
+where
+    F: Future<Output = Result<(), Exit>>,
+{
+    let shutdown = Shutdown::default();
+    let _signals = SignalListener::install(shutdown.clone())
+        .map_err(|error| Exit::failed("cannot listen for signals", error))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Exit::failed("cannot start the async runtime", error))?;
+    let context = Context {
+        topology: target.topology.clone(),
+        console: console.clone(),
+        shutdown,
+    };
+    let outcome = runtime.block_on(command(context));
+    // Whatever still runs lost its owner: do not wait for it.
+    runtime.shutdown_background();
+    outcome
+}

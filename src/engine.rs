@@ -1,3 +1,225 @@
-//! (under construction)
+//! PegaEngine: the shared-memory KV store between the nodes.
+//!
+//! ```text
+//! vLLM scheduler ──lookup, store, open, seal──▶ ┌────────┐ ──▶ Store (index, hand-offs, sessions)
+//! vLLM worker ─────commit, discard────────────▶ │ server │        │ actions
+//!      │                                        └────────┘        ├─▶ arena: generations
+//!      └───── copies KV ──▶ arena (memfd) ◀── copies KV ── D      └─▶ HandoffBoard ─▶ router
+//! ```
+//!
+//! The engine hands out places and keeps the index; the bytes are copied by the vLLM workers. It
+//! runs on a thread and a runtime of its own, so load at the router cannot slow it; a panic in it
+//! turns the store off (nodes recompute) and harms nothing else.
+//!
+//! - [`protocol`]: the messages of `docs/protocol.md`; [`client`]: the other end, for tests.
+//! - `server`: the socket. `store`: all decisions, pure, over `index` (which chunk is in which
+//!   slot) and `handoffs` (which prompt is complete).
+//! - `arena`: the shared memory. `stats`, `metrics`: what is counted.
 
+mod arena;
+pub mod client;
+mod handoffs;
+mod index;
+mod metrics;
 pub mod protocol;
+mod server;
+mod stats;
+mod store;
+
+use std::future::Future;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::panic::AssertUnwindSafe;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use futures_util::FutureExt;
+use prometheus_client::registry::Registry;
+use tokio::sync::oneshot;
+
+use self::metrics::EngineCollector;
+use self::server::{Shared, listen_at, serve};
+pub use self::stats::{Counters, EngineStats, RefusedSession, SessionStats};
+use self::store::{Store, StoreConfig};
+use crate::fleet::NodeId;
+use crate::handoff::HandoffBoard;
+
+/// What the engine needs to know.
+#[derive(Clone)]
+pub struct EngineConfig {
+    /// Where the nodes connect. The directory exists and is private.
+    pub socket_path: PathBuf,
+    /// What a node must say to be let in.
+    pub token: String,
+    /// The arena's size in bytes, at most.
+    pub capacity: u64,
+    /// How long a hand-off may take, and then be held for the decode node.
+    pub handoff_deadline: Duration,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    #[error("{} is in use by another process; stop it, or choose another run directory", .0.display())]
+    InUse(PathBuf),
+    #[error("{} is not a socket; remove it, or choose another run directory", .0.display())]
+    NotASocket(PathBuf),
+    #[error("cannot listen at {}", path.display())]
+    Listen { path: PathBuf, source: io::Error },
+    #[error("cannot start the engine's thread")]
+    Start(#[source] io::Error),
+}
+
+/// The running store. Dropping it asks it to stop; [`Engine::shutdown`] waits for that.
+#[derive(Debug)]
+pub struct Engine {
+    shared: Arc<Shared>,
+    socket_path: PathBuf,
+    thread: Option<thread::JoinHandle<()>>,
+    /// Resolves when the thread is about to end.
+    ended: Option<oneshot::Receiver<()>>,
+}
+
+impl Engine {
+    /// Listens and serves, from before this returns.
+    pub fn start(
+        config: EngineConfig,
+        board: HandoffBoard,
+        registry: &mut Registry,
+    ) -> Result<Self, EngineError> {
+        let path = config.socket_path;
+        remove_stale(&path)?;
+        let listener = listen_at(&path).map_err(|source| EngineError::Listen {
+            path: path.clone(),
+            source,
+        })?;
+        let store = Store::new(StoreConfig {
+            token: config.token,
+            capacity: config.capacity,
+            handoff_deadline: config.handoff_deadline,
+            first_epoch: epoch_now(),
+        });
+        let shared = Arc::new(Shared::new(store, board));
+        registry.register_collector(Box::new(EngineCollector(shared.clone())));
+
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(EngineError::Start)?;
+        let (ending, ended) = oneshot::channel();
+        let inner = shared.clone();
+        let thread = thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || {
+                let served = async {
+                    let listener =
+                        tokio::net::UnixListener::from_std(listener).map_err(Fault::Listener)?;
+                    serve(listener, inner.clone()).await.map_err(Fault::Session)
+                };
+                runtime.block_on(guarded(served, &inner));
+                drop(ending);
+            })
+            .map_err(EngineError::Start)?;
+        Ok(Self {
+            shared,
+            socket_path: path,
+            thread: Some(thread),
+            ended: Some(ended),
+        })
+    }
+
+    /// Every process of this incarnation, and of all before it, has been reaped: what they may
+    /// still have been reading or writing is free.
+    pub fn incarnation_gone(&self, node: &NodeId, incarnation: u64) {
+        let reaped = index::Owner {
+            node: node.clone(),
+            incarnation,
+        };
+        // The caller is the supervisor: a fault in here must not reach it.
+        let told = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            self.shared.with(|store| store.incarnation_gone(&reaped));
+        }));
+        if told.is_err() {
+            tracing::error!("the store is turned off: it panicked");
+            self.shared.set_down();
+        }
+    }
+
+    pub fn stats(&self) -> EngineStats {
+        self.shared.read(Store::stats)
+    }
+
+    /// False once the engine has stopped or has been turned off by a fault.
+    pub fn is_running(&self) -> bool {
+        self.shared.is_up()
+    }
+
+    /// Closes all sessions, ends the thread (waiting for `limit` at most), removes the socket.
+    pub async fn shutdown(mut self, limit: Duration) {
+        self.shared.stop.cancel();
+        if let Some(ended) = self.ended.take()
+            && tokio::time::timeout(limit, ended).await.is_err()
+        {
+            tracing::warn!("the engine did not stop within {limit:?}; leaving it behind");
+            return;
+        }
+        if let Some(thread) = self.thread.take() {
+            // It has nothing left to do but to return.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.shared.stop.cancel();
+        // Already gone when the run directory was swept first.
+        let _ = std::fs::remove_file(&self.socket_path);
+    }
+}
+
+/// What turns the engine off.
+#[derive(Debug, thiserror::Error)]
+enum Fault {
+    #[error("its socket cannot be served: {0}")]
+    Listener(io::Error),
+    #[error("a session's task ended badly: {0}")]
+    Session(tokio::task::JoinError),
+}
+
+/// Runs the engine's future to its end; whatever that end is, nobody is left waiting.
+async fn guarded(engine: impl Future<Output = Result<(), Fault>>, shared: &Shared) {
+    match AssertUnwindSafe(engine).catch_unwind().await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::error!("the store is turned off: {error}"),
+        Err(_) => tracing::error!("the store is turned off: it panicked"),
+    }
+    shared.set_down();
+}
+
+/// Removes what a killed engine left behind, but not what somebody listens at.
+fn remove_stale(path: &Path) -> Result<(), EngineError> {
+    let failed = |source| EngineError::Listen {
+        path: path.to_owned(),
+        source,
+    };
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(failed(error)),
+        Ok(found) if !found.file_type().is_socket() => {
+            Err(EngineError::NotASocket(path.to_owned()))
+        }
+        Ok(_) if UnixStream::connect(path).is_ok() => Err(EngineError::InUse(path.to_owned())),
+        Ok(_) => std::fs::remove_file(path).map_err(failed),
+    }
+}
+
+/// A number that no engine before has used as an epoch: milliseconds since 1970.
+fn epoch_now() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.map_or(1, |since| {
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    })
+}

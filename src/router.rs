@@ -1,1 +1,128 @@
-//! (under construction)
+//! The router: one OpenAI-compatible HTTP endpoint in front of the fleet.
+//!
+//! A request's way, with who decides what:
+//!
+//! ```text
+//!            admission          body, split             handoff                dispatch
+//! client ─▶ place or queue ─▶ parse once, shallowly ─▶ P leg, wait for KV ─▶ D leg, first piece
+//!            │ 429/503          │ 400      │ whole        │ P's 4xx             │      │
+//!            ▼                  ▼          └──────────────┼───────────────▶ any node   │ commit
+//!          refused            refused                     ▼                     │      ▼
+//!                                                       client              error JSON  stream
+//! ```
+//!
+//! - Before the commit every failure is tried again elsewhere, unseen by the client; after it a
+//!   broken stream ends with an explicit error event.
+//! - A request is one future: when the client goes away hyper drops it, and with it both legs, the
+//!   hand-off's ticket, the node's count and the place. Nothing has to be cleaned up by hand.
+//! - Decode is dispatched when the engine says that the KV is complete ([`HandoffBoard`]), not when
+//!   the prefill node has answered.
+//! - The router changes no state but its own; nodes come and go in the [`FleetWatch`].
+
+mod admission;
+mod balance;
+mod body;
+mod dispatch;
+mod error;
+mod handoff;
+mod legs;
+mod metrics;
+mod routes;
+mod server;
+mod split;
+mod stream;
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::fleet::FleetWatch;
+use crate::handoff::HandoffBoard;
+use crate::plan::RouterPlan;
+use crate::shutdown::Shutdown;
+
+pub use error::RouterError;
+pub use legs::LegError;
+pub use metrics::RouterMetrics;
+
+/// What the router needs from the rest of the program.
+#[derive(Debug, Clone)]
+pub struct RouterDeps {
+    pub plan: RouterPlan,
+    /// What clients write in `model`.
+    pub served_model: String,
+    pub fleet: FleetWatch,
+    pub board: HandoffBoard,
+    pub metrics: RouterMetrics,
+    /// What `GET /metrics` prints.
+    pub registry: Arc<Registry>,
+}
+
+/// Serves until `shutdown.graceful()`, then lets running requests finish for
+/// [`RouterPlan::drain_timeout`] (or until `shutdown.forced()`), then drops what is left and returns.
+pub async fn serve(
+    listener: TcpListener,
+    deps: RouterDeps,
+    shutdown: Shutdown,
+) -> Result<(), RouterError> {
+    let cx = Arc::new(Context::new(deps, &shutdown)?);
+    server::run(listener, routes::routes(cx.clone()), &cx.plan, &shutdown).await?;
+    cx.stop.cancel();
+    cx.background.close();
+    cx.background.wait().await;
+    Ok(())
+}
+
+/// What all requests share.
+struct Context {
+    plan: RouterPlan,
+    served_model: String,
+    fleet: FleetWatch,
+    board: HandoffBoard,
+    metrics: RouterMetrics,
+    registry: Arc<Registry>,
+    balancer: balance::Balancer,
+    admission: admission::Admission,
+    client: legs::Client,
+    /// Prefill replies that are read after their hand-off.
+    background: TaskTracker,
+    /// Ends what is in `background`.
+    stop: CancellationToken,
+    draining: CancellationToken,
+    /// Seconds since 1970.
+    started: u64,
+}
+
+impl Context {
+    fn new(deps: RouterDeps, shutdown: &Shutdown) -> Result<Self, RouterError> {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        Ok(Self {
+            balancer: balance::Balancer::default(),
+            admission: admission::Admission::new(&deps.plan, &deps.metrics),
+            client: legs::Client::new(&deps.plan).map_err(RouterError::Client)?,
+            background: TaskTracker::new(),
+            stop: CancellationToken::new(),
+            draining: shutdown.graceful().clone(),
+            started: since.map_or(0, |since| since.as_secs()),
+            plan: deps.plan,
+            served_model: deps.served_model,
+            fleet: deps.fleet,
+            board: deps.board,
+            metrics: deps.metrics,
+            registry: deps.registry,
+        })
+    }
+}
+
+/// One request, parsed.
+struct Call<'a> {
+    endpoint: split::Endpoint,
+    caller: &'a legs::Caller,
+    fields: &'a body::Fields<'a>,
+    original: &'a Bytes,
+}

@@ -32,6 +32,11 @@ impl Shutdown {
         &self.forced
     }
 
+    /// Begins the end, if it has not begun yet.
+    pub fn begin(&self) {
+        self.graceful.cancel();
+    }
+
     /// Goes one stage further. What a signal does; also for a part that cannot go on.
     pub fn advance(&self) {
         if self.graceful.is_cancelled() {

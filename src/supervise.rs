@@ -1,1 +1,166 @@
-//! (under construction)
+//! Keeps the nodes alive, and proves that their KV is right. The only writer of the fleet.
+//!
+//! ```text
+//!                     verdicts
+//!  canary ◀── fleet ──────────────▶ one actor per node ── phase, pid, trust ──▶ fleet
+//!                                    │  machine: state.rs (pure), backoff.rs (pure)
+//!                                    │  HTTP:    probe.rs
+//!                          commands  ▼  ▲ reports, log
+//!                                   guard ── vLLM API server ── EngineCore ── Workers
+//! ```
+//!
+//! - [`state`](self) (drawn in `state.rs`): what happens next, as a pure function.
+//! - `guard.rs`: the process that promises that nothing of a node is left, whoever dies.
+//! - `sweep.rs`: does the same if the guard itself was killed.
+//! - `canary.rs`: before a node that shares KV is ready, and after each of its restarts, a prompt
+//!   goes P -> store -> D and is compared with what D computes alone.
+//!
+//! The supervisor's stop begins with its shutdown token: whoever wants to drain first, hands it a
+//! token that is cancelled after the drain.
+
+mod backoff;
+mod canary;
+mod child;
+mod guard;
+mod logs;
+mod node;
+mod obituary;
+mod probe;
+mod state;
+mod sweep;
+#[cfg(test)]
+mod testing;
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::prctl;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use crate::fleet::{FleetPublisher, NodeId};
+use crate::handoff::HandoffBoard;
+use crate::plan::{NodePlan, SupervisorPlan};
+use crate::shutdown::Shutdown;
+
+pub use guard::{GuardArgs, guard_main};
+pub use logs::LogSink;
+
+use canary::Canary;
+use node::{NodeActor, Shared};
+use probe::NodeClient;
+
+/// Verdicts for one node that wait for its actor.
+const VERDICTS: usize = 8;
+
+/// How a pair of nodes is examined.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CanaryPlan {
+    pub served_model: String,
+    /// Tokens per chunk.
+    pub block_size: u32,
+    /// How far logprobs may be apart; 0.0: bit-exact.
+    pub tolerance: f64,
+    /// For each request of the canary, and for the hand-off.
+    pub deadline: Duration,
+    /// How long a node waits for a partner before it serves whole requests, unproven.
+    pub partner_grace: Duration,
+}
+
+/// What the supervisor works with.
+pub struct SupervisorDeps {
+    pub nodes: Vec<NodePlan>,
+    pub plan: SupervisorPlan,
+    pub canary: CanaryPlan,
+    pub fleet: FleetPublisher,
+    pub board: HandoffBoard,
+    pub log_dir: PathBuf,
+    /// Removed by a guard if pegaflow is killed.
+    pub run_dir: PathBuf,
+    /// Executed as `<program> __guard ...`; normally pegaflow itself.
+    pub guard_program: PathBuf,
+    pub console: Arc<dyn LogSink>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum SupervisorError {
+    #[error("cannot become a subreaper, so orphans could not be found")]
+    Subreaper(#[source] nix::errno::Errno),
+    #[error("cannot create the log directory {}", path.display())]
+    LogDir {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot create the HTTP client for probes")]
+    Client(#[source] reqwest::Error),
+    #[error("processes of {nodes:?} could not be killed; look for them with ps")]
+    LeftBehind { nodes: Vec<String> },
+    #[error("a part of the supervisor panicked; its node was stopped")]
+    Panicked(#[source] tokio::task::JoinError),
+}
+
+/// Runs until `shutdown`, and then until every tree is gone (which takes a bounded time).
+/// Nodes that fail for good do not end it.
+pub async fn run(deps: SupervisorDeps, shutdown: Shutdown) -> Result<(), SupervisorError> {
+    prctl::set_child_subreaper(true).map_err(SupervisorError::Subreaper)?;
+    std::fs::create_dir_all(&deps.log_dir).map_err(|source| SupervisorError::LogDir {
+        path: deps.log_dir.clone(),
+        source,
+    })?;
+    let client = NodeClient::new().map_err(SupervisorError::Client)?;
+    let shared = Arc::new(Shared {
+        plan: deps.plan,
+        client: client.clone(),
+        served_model: deps.canary.served_model.clone(),
+        fleet: deps.fleet.clone(),
+        log_dir: deps.log_dir,
+        run_dir: deps.run_dir,
+        guard_program: deps.guard_program,
+        console: deps.console,
+    });
+    let mut actors = JoinSet::new();
+    let mut verdicts = BTreeMap::new();
+    for plan in deps.nodes {
+        let (sender, receiver) = mpsc::channel(VERDICTS);
+        verdicts.insert(plan.id.clone(), sender);
+        let actor = NodeActor::new(shared.clone(), plan, receiver);
+        actors.spawn(actor.run(shutdown.clone()));
+    }
+    let canary = Canary {
+        plan: deps.canary,
+        client,
+        board: deps.board,
+        watch: deps.fleet.watch(),
+        verdicts,
+    };
+    let mut examiner = JoinSet::new();
+    let until = shutdown.graceful().clone();
+    examiner.spawn(async move { until.run_until_cancelled(canary.run()).await });
+    let result = join(&mut actors).await;
+    examiner.shutdown().await;
+    result
+}
+
+async fn join(actors: &mut JoinSet<node::Ended>) -> Result<(), SupervisorError> {
+    let mut left: Vec<NodeId> = Vec::new();
+    let mut panicked = None;
+    while let Some(ended) = actors.join_next().await {
+        match ended {
+            Ok(node::Ended::Clean) => {}
+            Ok(node::Ended::LeftBehind(node)) => left.push(node),
+            Err(error) => {
+                tracing::error!("a node's supervisor failed: {error}");
+                panicked = Some(error);
+            }
+        }
+    }
+    if !left.is_empty() {
+        let nodes = left.iter().map(ToString::to_string).collect();
+        return Err(SupervisorError::LeftBehind { nodes });
+    }
+    panicked.map_or(Ok(()), |error| Err(SupervisorError::Panicked(error)))
+}

@@ -21,6 +21,7 @@ mod flags;
 mod keys;
 mod problem;
 mod read;
+mod section;
 mod source;
 mod validate;
 mod value;

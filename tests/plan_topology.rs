@@ -48,7 +48,7 @@ macro_rules! assert_one {
         let text = $text;
         let (line, column, key, kind) = one(&text);
         assert_eq!((line, column, key.as_str()), ($line, $column, $key), "{kind:?} in\n{text}");
-        assert!(matches!(kind, $kind $(if $guard)?), "{kind:?}");
+        assert!(matches!(&kind, $kind $(if $guard)?), "{kind:?}");
     }};
 }
 
@@ -332,7 +332,7 @@ fn flags_that_are_ours_or_unsupported_are_refused() {
         ("--max-model-len", "--max-model-len"),
     ] {
         let text = unified(&format!("args = [\"--enforce-eager\", \"{arg}\"]\n"));
-        assert_one!(text, 5:28 "node[0].args[1]", Kind::OwnedFlag { flag: owned, .. } if owned == flag);
+        assert_one!(text, 5:28 "node[0].args[1]", Kind::OwnedFlag { flag: owned, .. } if *owned == flag);
     }
     for arg in [
         "--data-parallel-size=2",

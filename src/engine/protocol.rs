@@ -36,6 +36,10 @@ pub enum ProtocolError {
     Keys { bytes: usize, key_len: u32 },
     #[error("{0} bytes of refs are not a list of 8-byte refs")]
     Refs(usize),
+    #[error("name of {0} bytes is too long")]
+    Name(usize),
+    #[error("more than {0} requests are unfinished")]
+    TooManyRequests(usize),
     #[error("`{0}` is not allowed here")]
     Misplaced(&'static str),
 }

@@ -2,18 +2,18 @@
 //!
 //! A value that cannot be read is reported and replaced by its default, so that reading goes on.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use toml::de::{DeTable, DeValue};
 
-use super::keys::{self, Known};
+use super::keys;
 use super::problem::{Findings, ProblemKind};
+use super::section::Section;
 use super::source::join;
 use super::value::{
-    address, boolean, cpus, device, duration, duration_or_zero, gpus, integer, non_empty, number,
-    one_of, role, size, string, wrong,
+    address, boolean, cpus, device, duration_or_zero, gpus, integer, non_empty, number, one_of,
+    role, size, string, wrong,
 };
 use super::{
     CpuRequest, Device, GpuRequest, KvSettings, ModelRef, NodeSettings, RouterSettings,
@@ -61,133 +61,6 @@ pub(super) fn topology(document: &DeTable<'_>, findings: &mut Findings<'_>) -> T
         supervisor: supervisor(&mut top),
         nodes: nodes(&mut top, device),
         source: top.findings.source.clone(),
-    }
-}
-
-/// A table of the file, or nothing where it was left out.
-struct Section<'t, 'd, 'f, 's> {
-    table: Option<&'t DeTable<'d>>,
-    path: String,
-    findings: &'f mut Findings<'s>,
-}
-
-impl<'t, 'd, 'f, 's> Section<'t, 'd, 'f, 's> {
-    fn new(
-        table: &'t DeTable<'d>,
-        path: String,
-        known: &Known,
-        findings: &'f mut Findings<'s>,
-    ) -> Self {
-        for (key, _) in table {
-            let key = key.get_ref().as_ref();
-            if !known.keys.contains(&key) {
-                let hint = known.hint(key);
-                findings.add_at_key(&join(&path, key), ProblemKind::UnknownKey { hint });
-            }
-        }
-        Self {
-            table: Some(table),
-            path,
-            findings,
-        }
-    }
-
-    fn sub(&mut self, key: &str, known: &Known) -> Section<'t, 'd, '_, 's> {
-        let path = join(&self.path, key);
-        match self.raw(key) {
-            Some(DeValue::Table(table)) => Section::new(table, path, known, self.findings),
-            other => {
-                if let Some(value) = other {
-                    let header = format!("a table, like {}", known.header);
-                    self.findings.add(&path, wrong(value, &header));
-                }
-                Section {
-                    table: None,
-                    path,
-                    findings: self.findings,
-                }
-            }
-        }
-    }
-
-    fn raw(&self, key: &str) -> Option<&'t DeValue<'d>> {
-        self.table?.get(key).map(toml::Spanned::get_ref)
-    }
-
-    fn has(&self, key: &str) -> bool {
-        self.raw(key).is_some()
-    }
-
-    fn get<T>(
-        &mut self,
-        key: &str,
-        read: impl Fn(&DeValue<'_>) -> Result<T, ProblemKind>,
-    ) -> Option<T> {
-        match read(self.raw(key)?) {
-            Ok(value) => Some(value),
-            Err(kind) => {
-                self.findings.add(&join(&self.path, key), kind);
-                None
-            }
-        }
-    }
-
-    fn require(&mut self, key: &str, instead: &str) -> Option<String> {
-        if !self.has(key) {
-            self.missing(key, instead);
-        }
-        self.get(key, non_empty)
-    }
-
-    fn missing(&mut self, key: &str, instead: &str) {
-        let instead = instead.to_owned();
-        self.findings
-            .add(&join(&self.path, key), ProblemKind::Missing { instead });
-    }
-
-    fn strings(&mut self, key: &str) -> Vec<String> {
-        let path = join(&self.path, key);
-        let items = match self.raw(key) {
-            None => return Vec::new(),
-            Some(DeValue::Array(items)) => items,
-            Some(other) => {
-                let instead = "a list of strings, like [\"--flag\", \"value\"]";
-                self.findings.add(&path, wrong(other, instead));
-                return Vec::new();
-            }
-        };
-        let mut strings = Vec::new();
-        for (index, item) in items.iter().enumerate() {
-            match non_empty(item.get_ref()) {
-                Ok(text) => strings.push(text),
-                Err(kind) => self.findings.add(&format!("{path}[{index}]"), kind),
-            }
-        }
-        strings
-    }
-
-    fn string_map(&mut self, key: &str) -> BTreeMap<String, String> {
-        let path = join(&self.path, key);
-        let table = match self.raw(key) {
-            None => return BTreeMap::new(),
-            Some(DeValue::Table(table)) => table,
-            Some(other) => {
-                let instead = "a table of strings, like { NAME = \"value\" }";
-                self.findings.add(&path, wrong(other, instead));
-                return BTreeMap::new();
-            }
-        };
-        let mut map = BTreeMap::new();
-        for (name, value) in table {
-            let name = name.get_ref().as_ref();
-            match string(value.get_ref()) {
-                Ok(text) => {
-                    map.insert(name.to_owned(), text);
-                }
-                Err(kind) => self.findings.add(&join(&path, name), kind),
-            }
-        }
-        map
     }
 }
 
@@ -354,13 +227,6 @@ fn supervisor(top: &mut Section<'_, '_, '_, '_>) -> SupervisorSettings {
         crash_limit: section.get("crash_limit", integer(1..=1000)).unwrap_or(5),
         crash_window: section.seconds("crash_window", 30 * 60),
         log_bytes: section.get("log_bytes", size).unwrap_or(32 * MIB),
-    }
-}
-
-impl Section<'_, '_, '_, '_> {
-    fn seconds(&mut self, key: &str, default: u64) -> Duration {
-        self.get(key, duration)
-            .unwrap_or(Duration::from_secs(default))
     }
 }
 

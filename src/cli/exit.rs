@@ -1,0 +1,59 @@
+//! How a command ends: a message for the person, a number for the script.
+
+use std::error::Error;
+use std::fmt;
+use std::process::ExitCode;
+
+/// Shown below `pegaflow --help`.
+pub const HELP: &str = "\
+Exit codes:
+  0    done, or stopped as asked
+  1    failed while running
+  2    wrong use of the command line
+  3    the topology cannot run: the file or a combination in it is wrong
+  4    this machine cannot run it: no GPU, no vLLM, no model, no space
+  5    the same topology is already running
+  130  stopped by a signal before it was ready";
+
+/// Why a command did not succeed. Exit code 2 is clap's.
+#[derive(Debug)]
+pub enum Exit {
+    /// 1: failed while running.
+    Failed(anyhow::Error),
+    /// 3: the topology is wrong.
+    Topology(anyhow::Error),
+    /// 4: the machine lacks something.
+    Machine(anyhow::Error),
+    /// 5: already running.
+    Running(anyhow::Error),
+    /// 130: interrupted before it was ready.
+    Interrupted,
+}
+
+impl Exit {
+    pub fn failed(what: &'static str, source: impl Error + Send + Sync + 'static) -> Self {
+        Self::Failed(anyhow::Error::new(source).context(what))
+    }
+
+    pub fn code(&self) -> ExitCode {
+        ExitCode::from(match self {
+            Self::Failed(_) => 1,
+            Self::Topology(_) => 3,
+            Self::Machine(_) => 4,
+            Self::Running(_) => 5,
+            Self::Interrupted => 130,
+        })
+    }
+}
+
+impl fmt::Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Failed(error)
+            | Self::Topology(error)
+            | Self::Machine(error)
+            | Self::Running(error) => write!(f, "{error:#}"),
+            Self::Interrupted => f.write_str("interrupted before the fleet was ready"),
+        }
+    }
+}

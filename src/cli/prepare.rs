@@ -1,0 +1,112 @@
+//! From a topology file to a machine that can run it: the runtime installed, the model at hand.
+
+use std::path::Path;
+
+use super::{Context, Exit};
+use crate::host::{self, HostSnapshot};
+use crate::instance::{self, Instance};
+use crate::model;
+use crate::plan::{Launcher, ModelFacts, Plan, PlanInputs};
+use crate::runtime::{self, Runtime};
+use crate::topology::{self, Topology};
+
+/// `pegaflow prepare`: does the slow, once-only part of `up`, and prints where things are.
+pub async fn prepare(cx: Context) -> Result<(), Exit> {
+    let topology = load(&cx.topology)?;
+    let shim = tempdir(&topology)?;
+    let outcome = async {
+        instance::unpack_shim_into(&shim).map_err(|e| Exit::Failed(e.into()))?;
+        install(&cx, &topology, &shim).await
+    }
+    .await;
+    // A leftover in the temporary directory harms nobody.
+    let _ = std::fs::remove_dir_all(&shim);
+    let Installed { runtime, model } = outcome?;
+    if let Some(interpreter) = &runtime.interpreter {
+        println!("interpreter {}", interpreter.display());
+    }
+    println!("model {}", model.load_from);
+    Ok(())
+}
+
+fn tempdir(topology: &Topology) -> Result<std::path::PathBuf, Exit> {
+    let name = format!("pegaflow-{}-{:016x}", topology.name, rand::random::<u64>());
+    let dir = std::env::temp_dir().join(name);
+    std::fs::create_dir(&dir).map_err(|e| Exit::failed("cannot make a temporary directory", e))?;
+    Ok(dir)
+}
+
+/// What `prepare` and `up` both need before anything runs.
+pub struct Installed {
+    pub runtime: Runtime,
+    pub model: ModelFacts,
+}
+
+pub fn load(file: &Path) -> Result<Topology, Exit> {
+    Topology::load(file).map_err(|error| Exit::Topology(error.into()))
+}
+
+/// Installs the runtime and fetches the model, both of which are no-ops when done before.
+pub async fn install(cx: &Context, topology: &Topology, shim: &Path) -> Result<Installed, Exit> {
+    let cancel = cx.shutdown.graceful();
+    let interrupted = |error: anyhow::Error| {
+        if cancel.is_cancelled() { Exit::Interrupted } else { Exit::Machine(error) }
+    };
+    let ui = cx.console.progress("runtime");
+    let runtime = runtime::prepare(&topology.runtime, &ui, cancel)
+        .await
+        .map_err(|error| interrupted(error.into()))?;
+    drop(ui);
+    tracing::info!("runtime: {}", runtime.description);
+    let ui = cx.console.progress("model");
+    let model = model::resolve(&topology.model, &runtime, shim, &ui, cancel)
+        .await
+        .map_err(|error| interrupted(error.into()))?;
+    drop(ui);
+    tracing::info!("model: {}", model.load_from);
+    Ok(Installed { runtime, model })
+}
+
+/// The secrets and the paths of one run.
+pub struct Run<'a> {
+    pub topology: &'a Topology,
+    pub host: &'a HostSnapshot,
+    pub instance: &'a Instance,
+    pub token: &'a str,
+}
+
+impl Run<'_> {
+    /// What would be wrong whatever the runtime and the model turn out to be: no GPU, no cores.
+    /// Asked before the slow part, so that a person does not wait for a download to learn it.
+    pub fn preflight(&self) -> Result<(), Exit> {
+        let model = ModelFacts {
+            load_from: String::new(),
+            identity: String::new(),
+            config: None,
+        };
+        self.plan(Launcher::Vllm("vllm".into()), model).map(|_| ())
+    }
+
+    pub fn plan(&self, launcher: Launcher, model: ModelFacts) -> Result<Plan, Exit> {
+        let ports = host::free_ports(Plan::ports_needed(self.topology), &self.topology.fixed_ports())
+            .map_err(|error| Exit::Machine(error.into()))?;
+        let inputs = PlanInputs {
+            launcher,
+            model,
+            ports,
+            engine_socket: self.instance.engine_socket(),
+            shim_dir: self.instance.shim_dir(),
+            kv_token: self.token.into(),
+            run_id: format!("{:016x}", rand::random::<u64>()),
+            inherited_pythonpath: std::env::var("PYTHONPATH").ok(),
+            cpu_config: topology::cpu_sibling(self.topology.source.file()),
+        };
+        Plan::make(self.topology, self.host, &inputs).map_err(|error| {
+            if error.lacks_machine() {
+                Exit::Machine(error.into())
+            } else {
+                Exit::Topology(error.into())
+            }
+        })
+    }
+}

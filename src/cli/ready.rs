@@ -1,0 +1,171 @@
+//! Watches the fleet on behalf of the person at the terminal: says what changes, prints the banner
+//! once, and notices when a start has failed for good.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use crate::fleet::{FleetSnapshot, FleetWatch, KvTrust, Phase, Role};
+use crate::plan::Plan;
+
+/// What a fleet that has just started up amounts to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Start {
+    /// Some node is still on its way.
+    Waiting,
+    /// All nodes are as they should be.
+    Ready,
+    /// Something serves, but not everything that the topology asks for.
+    Degraded(Vec<String>),
+    /// Nothing serves, and nothing will without a hand on it.
+    Failed(Vec<String>),
+}
+
+/// Judges a start: pure, from one snapshot.
+pub fn judge(fleet: &FleetSnapshot) -> Start {
+    let nodes: Vec<_> = fleet.nodes().collect();
+    let troubles: Vec<String> = nodes
+        .iter()
+        .filter_map(|node| {
+            let reason = node.reason.as_deref().unwrap_or("no reason known");
+            match (&node.phase, &node.trust) {
+                (Phase::Ready, KvTrust::None | KvTrust::Proven) => None,
+                (Phase::Ready, KvTrust::Unproven) => {
+                    Some(format!("{}: serves whole requests only, no partner to hand off with", node.id))
+                }
+                (_, KvTrust::Refused(why)) => Some(format!("{}: {why}", node.id)),
+                (phase, _) => Some(format!("{}: {}, {reason}", node.id, phase.label())),
+            }
+        })
+        .collect();
+    let ready = nodes.iter().filter(|node| node.is_ready()).count();
+    let terminal = nodes.iter().filter(|node| node.phase.is_terminal()).count();
+    match (ready, terminal) {
+        _ if troubles.is_empty() => Start::Ready,
+        (0, down) if down == nodes.len() => Start::Failed(troubles),
+        (up, down) if up > 0 && up + down == nodes.len() => Start::Degraded(troubles),
+        _ => Start::Waiting,
+    }
+}
+
+/// Waits until [`judge`] no longer says [`Start::Waiting`]. Cancel-safe.
+pub async fn started(mut fleet: FleetWatch) -> Start {
+    loop {
+        let verdict = judge(&fleet.borrow_and_update().clone());
+        if verdict != Start::Waiting {
+            return verdict;
+        }
+        if fleet.changed().await.is_err() {
+            return Start::Failed(vec!["the supervisor ended".into()]);
+        }
+    }
+}
+
+/// Logs each change of a node's phase until the supervisor is gone.
+pub async fn narrate(mut fleet: FleetWatch) {
+    let mut last: Arc<FleetSnapshot> = Arc::default();
+    loop {
+        let now = fleet.borrow_and_update().clone();
+        for node in now.nodes() {
+            let before = last.node(&node.id);
+            if before.is_some_and(|old| old.phase == node.phase && old.trust == node.trust) {
+                continue;
+            }
+            let reason = node.reason.as_deref().unwrap_or("");
+            match node.phase {
+                Phase::Backoff { .. } | Phase::CrashLoop | Phase::Failed | Phase::Unreachable => {
+                    tracing::warn!(node = %node.id, phase = node.phase.label(), "{reason}");
+                }
+                _ => tracing::info!(node = %node.id, phase = node.phase.label(), "{reason}"),
+            }
+        }
+        last = now;
+        if fleet.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// What a person wants to know at the moment when the fleet serves.
+pub fn banner(plan: &Plan, fleet: &FleetSnapshot, log_dir: &std::path::Path) -> String {
+    let url = format!("http://{}", plan.router.listen);
+    let mut text = format!("pegaflow is ready: {url}/v1   model: {}\n", plan.model.served_name);
+    let _ = writeln!(text, "\n  {:<14} {:<8} {:<22} {:<10} PID", "NODE", "ROLE", "ADDRESS", "DEVICE");
+    for node in fleet.nodes() {
+        let device = plan
+            .nodes
+            .iter()
+            .find(|planned| planned.id == node.id)
+            .map_or_else(String::new, device);
+        let pid = node.pid.map_or_else(|| "-".into(), |pid| pid.to_string());
+        let _ = writeln!(
+            text,
+            "  {:<14} {:<8} {:<22} {:<10} {pid}",
+            node.id,
+            node.role,
+            node.addr.to_string(),
+            device
+        );
+    }
+    let mode = if fleet.can_split() {
+        "prefill and decode are apart; loaded KV was proven equal to computed KV"
+    } else if fleet.nodes().all(|node| node.role == Role::Unified) {
+        "unified nodes, no hand-off"
+    } else {
+        "DEGRADED: requests are served whole"
+    };
+    let _ = write!(
+        text,
+        "\n  {mode}\n  metrics {url}/metrics   state {url}/status   logs {}\n\n  \
+         curl {url}/v1/completions -H 'Content-Type: application/json' \\\n    \
+         -d '{{\"model\": \"{}\", \"prompt\": \"The quick brown fox\", \"max_tokens\": 16}}'\n",
+        log_dir.display(),
+        plan.model.served_name
+    );
+    text
+}
+
+fn device(node: &crate::plan::NodePlan) -> String {
+    let join = |numbers: Vec<String>| numbers.join(",");
+    if node.gpus.is_empty() {
+        format!("CPU {}", join(node.cpus.iter().map(ToString::to_string).collect()))
+    } else {
+        format!("GPU {}", join(node.gpus.iter().map(ToString::to_string).collect()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fleet::{FleetPublisher, NodeView};
+    use std::net::SocketAddr;
+
+    fn fleet(nodes: &[(&str, Role, Phase, KvTrust)]) -> Arc<FleetSnapshot> {
+        let addr = SocketAddr::from(([127, 0, 0, 1], 1));
+        let views = nodes.iter().map(|(name, role, phase, trust)| {
+            let mut view = NodeView::pending((*name).into(), *role, addr);
+            view.phase = phase.clone();
+            view.trust = trust.clone();
+            view
+        });
+        FleetPublisher::new(views).snapshot()
+    }
+
+    #[test]
+    fn a_start_is_judged_when_every_node_has_settled() {
+        use KvTrust::{Proven, Refused, Unproven};
+        let p = |phase, trust| ("p", Role::Prefill, phase, trust);
+        let d = |phase, trust| ("d", Role::Decode, phase, trust);
+        let waiting = fleet(&[p(Phase::Ready, Proven), d(Phase::Starting, Unproven)]);
+        assert_eq!(judge(&waiting), Start::Waiting);
+        let ready = fleet(&[p(Phase::Ready, Proven), d(Phase::Ready, Proven)]);
+        assert_eq!(judge(&ready), Start::Ready);
+        let degraded = fleet(&[p(Phase::CrashLoop, Unproven), d(Phase::Ready, Unproven)]);
+        assert!(matches!(judge(&degraded), Start::Degraded(why) if why.len() == 2));
+        let refused = Refused("canary: tokens differ".into());
+        let failed = fleet(&[p(Phase::Failed, refused.clone()), d(Phase::Failed, refused)]);
+        assert!(matches!(judge(&failed), Start::Failed(why) if why.len() == 2));
+        let backoff = Phase::Backoff { delay: std::time::Duration::from_secs(5) };
+        let coming_back = fleet(&[p(backoff, Unproven), d(Phase::Ready, Unproven)]);
+        assert_eq!(judge(&coming_back), Start::Waiting);
+    }
+}

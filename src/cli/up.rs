@@ -1,0 +1,248 @@
+//! `pegaflow up`: the composition root. Here, and only here, the engine, the router and the
+//! supervisor are put together.
+//!
+//! ```text
+//! load ─▶ lock ─▶ bind ─▶ preflight ─▶ install ─▶ plan ─▶ run ─▶ drain ─▶ stop nodes ─▶ stop engine
+//!                                                          │
+//!                                 first start failed ──────┴─▶ (same way down), exit 1
+//! ```
+//!
+//! The way down is the way up in reverse: the router takes nothing new and drains, then the nodes
+//! stop, then the engine (whose arena they had mapped), then the run directory goes.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio::task::{JoinError, JoinHandle, JoinSet};
+
+use super::prepare::{Installed, Run, install, load};
+use super::ready::{self, Start};
+use super::{Context, Exit};
+use crate::engine::{Engine, EngineConfig};
+use crate::fleet::{FleetPublisher, FleetWatch, NodeId, NodeView};
+use crate::handoff::HandoffBoard;
+use crate::host::HostSnapshot;
+use crate::instance::{Instance, InstanceInfo};
+use crate::plan::Plan;
+use crate::router::{self, RouterDeps, RouterMetrics};
+use crate::shutdown::Shutdown;
+use crate::supervise::{self, CanaryPlan, SupervisorDeps};
+
+/// How long the engine's thread may take to end once its sessions are gone.
+const ENGINE_STOP: Duration = Duration::from_secs(5);
+/// One canary: three prompts, each computed twice, on nodes that are warm.
+const CANARY_DEADLINE: Duration = Duration::from_secs(120);
+/// How long a node waits for a partner before it serves whole requests.
+const PARTNER_GRACE: Duration = Duration::from_secs(60);
+
+pub async fn up(cx: Context) -> Result<(), Exit> {
+    let topology = load(&cx.topology)?;
+    let instance = Instance::acquire(&topology.name).map_err(|error| {
+        if error.is_running() {
+            Exit::Running(error.into())
+        } else {
+            Exit::Machine(error.into())
+        }
+    })?;
+    let listen = topology.router.listen;
+    let listener = TcpListener::bind(listen).await.map_err(|error| {
+        let what = format!("cannot listen on [router] listen = \"{listen}\"; is another server there?");
+        Exit::Machine(anyhow::Error::new(error).context(what))
+    })?;
+    instance
+        .set_info(&InstanceInfo::new(format!("http://{listen}"), &cx.topology))
+        .map_err(|error| Exit::Machine(error.into()))?;
+
+    let host = HostSnapshot::take().map_err(|error| Exit::Machine(error.into()))?;
+    let token = format!("{:032x}", rand::random::<u128>());
+    let run = Run { topology: &topology, host: &host, instance: &instance, token: &token };
+    run.preflight()?;
+    let shim = instance.unpack_shim().map_err(|error| Exit::Machine(error.into()))?;
+    let Installed { runtime, model } = install(&cx, &topology, &shim).await?;
+    let plan = run.plan(runtime.launcher, model)?;
+    for warning in &plan.warnings {
+        tracing::warn!("{warning}");
+    }
+    cx.console.print(&plan.table());
+
+    let outcome = serve(&cx, &plan, listener, &instance, token).await;
+    instance.release();
+    outcome
+}
+
+/// Runs the plan until it is told to stop, and takes everything down again.
+async fn serve(
+    cx: &Context,
+    plan: &Plan,
+    listener: TcpListener,
+    instance: &Instance,
+    token: String,
+) -> Result<(), Exit> {
+    let board = HandoffBoard::default();
+    let mut registry = Registry::default();
+    let metrics = RouterMetrics::register(&mut registry);
+    let engine = start_engine(plan, instance, token, &board, &mut registry)?;
+    let fleet = FleetPublisher::new(
+        plan.nodes.iter().map(|node| NodeView::pending(node.id.clone(), node.role, node.addr)),
+    );
+
+    // The nodes stop after the router has drained, so they follow a shutdown of their own.
+    let nodes = Shutdown::default();
+    let supervisor = SupervisorDeps {
+        nodes: plan.nodes.clone(),
+        plan: plan.supervisor.clone(),
+        canary: canary(plan),
+        fleet: fleet.clone(),
+        board: board.clone(),
+        log_dir: instance.log_dir().to_owned(),
+        run_dir: instance.dir().to_owned(),
+        guard_program: std::env::current_exe()
+            .map_err(|error| Exit::failed("cannot find pegaflow's own program", error))?,
+        console: Arc::new(cx.console.clone()),
+    };
+    let router = RouterDeps {
+        plan: plan.router.clone(),
+        served_model: plan.model.served_name.clone(),
+        fleet: fleet.watch(),
+        board,
+        metrics,
+        registry: Arc::new(registry),
+    };
+    let supervisor = part(cx, supervise::run(supervisor, nodes.clone()));
+    let router = part(cx, router::serve(listener, router, cx.shutdown.clone()));
+    let mut helpers = JoinSet::new();
+    helpers.spawn(ready::narrate(fleet.watch()));
+    helpers.spawn(pass_on_force(cx.shutdown.clone(), nodes.clone()));
+    if let Some(engine) = &engine {
+        helpers.spawn(forget_the_gone(engine.clone(), fleet.watch()));
+    }
+
+    let outcome = watch_start(cx, plan, fleet.watch(), instance).await;
+
+    cx.shutdown.begin();
+    let routed = router.await;
+    nodes.begin();
+    let supervised = supervisor.await;
+    helpers.shutdown().await;
+    if let Some(engine) = engine.and_then(Arc::into_inner) {
+        engine.shutdown(ENGINE_STOP).await;
+    }
+    outcome?;
+    ended("router", routed)?;
+    ended("supervisor", supervised)
+}
+
+fn start_engine(
+    plan: &Plan,
+    instance: &Instance,
+    token: String,
+    board: &HandoffBoard,
+    registry: &mut Registry,
+) -> Result<Option<Arc<Engine>>, Exit> {
+    if !plan.kv.enabled {
+        return Ok(None);
+    }
+    let config = EngineConfig {
+        socket_path: instance.engine_socket(),
+        token,
+        capacity: plan.kv.capacity,
+        handoff_deadline: plan.kv.handoff_deadline,
+    };
+    let engine = Engine::start(config, board.clone(), registry)
+        .map_err(|error| Exit::Machine(error.into()))?;
+    Ok(Some(Arc::new(engine)))
+}
+
+fn canary(plan: &Plan) -> CanaryPlan {
+    CanaryPlan {
+        served_model: plan.model.served_name.clone(),
+        block_size: plan.model.block_size,
+        tolerance: plan.kv.canary_logprob_tolerance,
+        deadline: CANARY_DEADLINE,
+        partner_grace: PARTNER_GRACE,
+    }
+}
+
+/// Spawns a part that lasts as long as the fleet. If it ends on its own, everything ends.
+fn part<E: Send + 'static>(
+    cx: &Context,
+    run: impl Future<Output = Result<(), E>> + Send + 'static,
+) -> JoinHandle<Result<(), E>> {
+    let end = cx.shutdown.graceful().clone().drop_guard();
+    tokio::spawn(async move {
+        let _end = end;
+        run.await
+    })
+}
+
+fn ended<E>(name: &str, result: Result<Result<(), E>, JoinError>) -> Result<(), Exit>
+where
+    E: std::error::Error + Send + Sync + 'static,
+{
+    let error = match result {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(error)) => anyhow::Error::new(error),
+        Err(panic) => anyhow::Error::new(panic),
+    };
+    Err(Exit::Failed(error.context(format!("the {name} failed"))))
+}
+
+/// Prints the banner when the fleet serves, then waits for the end. A start that fails for good is
+/// the end.
+async fn watch_start(
+    cx: &Context,
+    plan: &Plan,
+    fleet: FleetWatch,
+    instance: &Instance,
+) -> Result<(), Exit> {
+    let end = cx.shutdown.graceful();
+    let start = tokio::select! {
+        () = end.cancelled() => return Err(Exit::Interrupted),
+        start = ready::started(fleet.clone()) => start,
+    };
+    match start {
+        Start::Failed(reasons) => {
+            let reasons = reasons.join("\n  ");
+            let logs = instance.log_dir().display();
+            return Err(Exit::Failed(anyhow::anyhow!(
+                "no node came up; logs are in {logs}\n  {reasons}"
+            )));
+        }
+        Start::Degraded(reasons) => {
+            for reason in reasons {
+                tracing::warn!("degraded: {reason}");
+            }
+        }
+        Start::Ready | Start::Waiting => {}
+    }
+    let snapshot = fleet.borrow().clone();
+    cx.console.banner(&ready::banner(plan, &snapshot, instance.log_dir()));
+    end.cancelled().await;
+    Ok(())
+}
+
+/// Tells the engine which incarnations have no process left, so that their slots can be reused.
+async fn forget_the_gone(engine: Arc<Engine>, mut fleet: FleetWatch) {
+    let mut told: HashMap<NodeId, u64> = HashMap::new();
+    loop {
+        let now = fleet.borrow_and_update().clone();
+        for node in now.nodes() {
+            if told.get(&node.id).copied().unwrap_or(0) < node.reaped {
+                engine.incarnation_gone(&node.id, node.reaped);
+                told.insert(node.id.clone(), node.reaped);
+            }
+        }
+        if fleet.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn pass_on_force(from: Shutdown, to: Shutdown) {
+    from.forced().cancelled().await;
+    to.begin();
+    to.advance();
+}

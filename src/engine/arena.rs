@@ -1,0 +1,181 @@
+//! The shared memory that KV is copied through: its layout, and its file.
+//!
+//! ```text
+//! 0            header_bytes                                             arena_bytes
+//! ├─ u32 × slots ─┼─ slot 0: rank 0 | rank 1 | .. ─┼─ slot 1: .. ─┼─ .. ─┤
+//!   generations     stride ≥ row_bytes × world
+//! ```
+//!
+//! The file is a memfd that can neither shrink nor grow, so no mapping of it can fault. The engine
+//! maps only the generations; rows are read and written by vLLM workers alone.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use memmap2::{MmapOptions, MmapRaw};
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::ftruncate;
+
+/// Where the rows begin and how long everything is.
+const PAGE: u64 = 4096;
+/// Rows begin on a cache line.
+const LINE: u64 = 64;
+/// The generation of a slot's first chunk; 0 never is one.
+pub const FIRST_GENERATION: u32 = 1;
+
+/// The sizes of an arena, all in bytes but `slots`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    pub slots: u32,
+    pub row_bytes: u64,
+    pub stride: u64,
+    pub header_bytes: u64,
+    pub arena_bytes: u64,
+}
+
+impl Shape {
+    /// The most slots that fit into `capacity` bytes; `None` when not even one does.
+    pub fn fit(capacity: u64, row_bytes: u64, world: u32) -> Option<Self> {
+        let stride = row_bytes
+            .checked_mul(u64::from(world))?
+            .checked_next_multiple_of(LINE)?;
+        if stride == 0 {
+            return None;
+        }
+        let header = |slots: u64| (slots * 4).next_multiple_of(PAGE);
+        let rows = capacity.checked_sub(PAGE)?;
+        let mut slots = (rows / stride).min(u64::from(u32::MAX));
+        // One page of header lies within `rows` already; take back what the others need.
+        while slots > 0 && header(slots) + slots * stride > capacity {
+            slots -= (header(slots) + slots * stride - capacity)
+                .div_ceil(stride + 4)
+                .clamp(1, slots);
+        }
+        if slots == 0 {
+            return None;
+        }
+        let header_bytes = header(slots);
+        Some(Self {
+            slots: u32::try_from(slots).ok()?,
+            row_bytes,
+            stride,
+            header_bytes,
+            arena_bytes: (header_bytes + slots * stride).next_multiple_of(PAGE),
+        })
+    }
+}
+
+/// A sealed memory file and the mapping of its generations.
+#[derive(Debug)]
+pub struct Arena {
+    file: OwnedFd,
+    generations: MmapRaw,
+    shape: Shape,
+}
+
+impl Arena {
+    pub fn create(shape: Shape) -> io::Result<Self> {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let file = memfd_create(c"pegaflow-kv", flags)?;
+        let len = libc::off_t::try_from(shape.arena_bytes).map_err(io::Error::other)?;
+        ftruncate(&file, len)?;
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+        let header = usize::try_from(shape.header_bytes).map_err(io::Error::other)?;
+        let generations = MmapOptions::new()
+            .len(header)
+            .map_raw(&std::fs::File::from(file.try_clone()?))?;
+        let arena = Self {
+            file,
+            generations,
+            shape,
+        };
+        for slot in 0..shape.slots {
+            arena.set_generation(slot, FIRST_GENERATION);
+        }
+        Ok(arena)
+    }
+
+    /// What a worker maps.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Publishes that slot's chunk: who reads this value afterwards knows that every older chunk
+    /// of the slot is void.
+    pub fn set_generation(&self, slot: u32, generation: u32) {
+        if let Some(cell) = self.cell(slot) {
+            cell.store(generation, Ordering::Release);
+        }
+    }
+
+    fn cell(&self, slot: u32) -> Option<&AtomicU32> {
+        let offset = usize::try_from(slot).ok()?.checked_mul(size_of::<u32>())?;
+        let end = offset.checked_add(size_of::<u32>())?;
+        if slot >= self.shape.slots || end > self.generations.len() {
+            return None;
+        }
+        #[expect(
+            unsafe_code,
+            reason = "shared memory can be reached only by raw pointer"
+        )]
+        // SAFETY: `offset..end` lies within the mapping (checked above), which lives as long as
+        // `self`; the file is sealed against shrinking, so the pages exist. The mapping begins on
+        // a page and `offset` is a multiple of four, so the pointer is aligned. Other processes
+        // may write the cell at any time, which an atomic allows.
+        let cell =
+            unsafe { AtomicU32::from_ptr(self.generations.as_mut_ptr().add(offset).cast::<u32>()) };
+        Some(cell)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn a_shape_fits_and_wastes_less_than_a_slot_and_two_pages(
+            capacity in 0..1u64 << 40,
+            row_bytes in 1..1u64 << 24,
+            world in 1..64u32,
+        ) {
+            let stride = (row_bytes * u64::from(world)).next_multiple_of(64);
+            match Shape::fit(capacity, row_bytes, world) {
+                Some(shape) => {
+                    let slots = u64::from(shape.slots);
+                    prop_assert_eq!(shape.stride, stride);
+                    prop_assert!(shape.header_bytes >= slots * 4);
+                    prop_assert!(shape.header_bytes + slots * stride <= capacity);
+                    prop_assert!(shape.header_bytes + slots * stride <= shape.arena_bytes);
+                    prop_assert!(capacity - slots * (stride + 4) < stride + 4 + 2 * PAGE);
+                }
+                None => prop_assert!(capacity < stride + PAGE),
+            }
+        }
+    }
+
+    #[test]
+    fn the_file_is_sealed_and_generations_are_shared() {
+        let shape = Shape::fit(1 << 20, 1000, 2).unwrap();
+        let arena = Arena::create(shape).unwrap();
+        let file = std::fs::File::from(arena.file.try_clone().unwrap());
+        assert_eq!(file.metadata().unwrap().len(), shape.arena_bytes);
+        assert!(file.set_len(1).is_err());
+        assert!(file.set_len(shape.arena_bytes * 2).is_err());
+
+        arena.set_generation(3, 7);
+        arena.set_generation(shape.slots, 7);
+        let read = |slot: u32| {
+            let mut bytes = [0; 4];
+            std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, u64::from(slot) * 4)
+                .unwrap();
+            u32::from_ne_bytes(bytes)
+        };
+        assert_eq!((read(2), read(3), read(4)), (1, 7, 1));
+        assert_eq!((read(shape.slots - 1), read(shape.slots)), (1, 0));
+    }
+}

@@ -1,0 +1,42 @@
+//! The Python packages that the nodes load, embedded in the program.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use include_dir::{Dir, DirEntry, include_dir};
+
+static SHIM: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/python-shim");
+
+/// Writes the packages (not their tests, nor what tools left between the sources).
+pub(super) fn unpack(target: &Path) -> io::Result<()> {
+    fs::create_dir_all(target)?;
+    for package in SHIM.dirs() {
+        let is_package = package
+            .path()
+            .to_str()
+            .is_some_and(|name| name.starts_with("pegaflow_"));
+        if is_package {
+            unpack_dir(package, target)?;
+        }
+    }
+    Ok(())
+}
+
+/// Entries' paths are relative to the root of what was embedded.
+fn unpack_dir(dir: &Dir<'_>, target: &Path) -> io::Result<()> {
+    fs::create_dir_all(target.join(dir.path()))?;
+    for entry in dir.entries() {
+        match entry {
+            DirEntry::Dir(inner) if inner.path().file_name() != Some(OsStr::new("__pycache__")) => {
+                unpack_dir(inner, target)?;
+            }
+            DirEntry::File(file) if file.path().extension() != Some(OsStr::new("pyc")) => {
+                fs::write(target.join(file.path()), file.contents())?;
+            }
+            DirEntry::Dir(_) | DirEntry::File(_) => {}
+        }
+    }
+    Ok(())
+}

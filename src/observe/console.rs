@@ -1,0 +1,368 @@
+//! The console's handle: cheap to clone, never waits for the terminal.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::thread;
+use std::time::Duration;
+
+use super::sink::{Sink, Style};
+use crate::runtime::Progress;
+
+/// Lines that may wait for the terminal.
+const QUEUE: usize = 4096;
+/// A longer line is cut: one node must not fill the screen.
+const LINE_BYTES: usize = 4096;
+/// How long the end may wait for the terminal.
+const FLUSH: Duration = Duration::from_secs(1);
+/// The plain sink shows a job's newest status this often at most; also when nothing else comes.
+const TICK: Duration = Duration::from_secs(1);
+
+/// What the writer thread does, in order.
+#[derive(Debug)]
+pub(super) enum Message {
+    /// Already formatted by tracing.
+    Formatted(String),
+    Text(String),
+    NodeLine {
+        node: String,
+        line: String,
+    },
+    Started {
+        job: u64,
+        name: String,
+    },
+    Status {
+        job: u64,
+        text: String,
+    },
+    Note {
+        job: u64,
+        text: String,
+    },
+    Finished {
+        job: u64,
+        text: String,
+    },
+    Flush(SyncSender<()>),
+}
+
+/// The one way to stderr.
+#[derive(Debug, Clone)]
+pub struct Console {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    queue: SyncSender<Message>,
+    dropped: Arc<AtomicU64>,
+    jobs: AtomicU64,
+}
+
+impl Console {
+    /// Starts the writer thread; it ends with the last handle.
+    pub fn start(style: Style) -> io::Result<Self> {
+        Self::with_sink(Sink::stderr(style))
+    }
+
+    /// A console that writes to `out` in plain lines or JSON; for tests and files.
+    pub fn to_writer(out: Box<dyn io::Write + Send>, style: Style) -> io::Result<Self> {
+        Self::with_sink(Sink::lines(out, style))
+    }
+
+    fn with_sink(sink: Sink) -> io::Result<Self> {
+        let (queue, messages) = sync_channel(QUEUE);
+        let dropped = Arc::new(AtomicU64::new(0));
+        let counter = Arc::clone(&dropped);
+        // Detached on purpose: it may hang in a terminal that nobody reads. `flush` is the bounded
+        // way to wait for it.
+        thread::Builder::new()
+            .name("console".into())
+            .spawn(move || write_all(sink, &messages, &counter))?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                queue,
+                dropped,
+                jobs: AtomicU64::new(0),
+            }),
+        })
+    }
+
+    /// A line that a node wrote.
+    pub fn node_line(&self, node: &str, line: &str) {
+        self.send(Message::NodeLine {
+            node: node.to_owned(),
+            line: printable(line),
+        });
+    }
+
+    /// Text as it is, in one piece.
+    pub fn print(&self, text: &str) {
+        self.send(Message::Text(text.trim_end_matches('\n').to_owned()));
+    }
+
+    /// Text with an empty line around it, after everything that was printed before.
+    pub fn banner(&self, text: &str) {
+        self.send(Message::Text(format!("\n{}\n", text.trim_matches('\n'))));
+    }
+
+    /// Shows a long job until the handle is finished or dropped.
+    pub fn progress(&self, name: &str) -> ProgressHandle {
+        let job = self.shared.jobs.fetch_add(1, Ordering::Relaxed);
+        self.send(Message::Started {
+            job,
+            name: name.to_owned(),
+        });
+        ProgressHandle {
+            console: self.clone(),
+            job,
+            finished: false,
+        }
+    }
+
+    /// Waits, for a second at most, until what was printed before is written. False: it was not.
+    pub fn flush(&self) -> bool {
+        let (done, written) = sync_channel(1);
+        // The queue may be full of lines that are just being written.
+        let started = std::time::Instant::now();
+        let mut message = Message::Flush(done);
+        while let Err(error) = self.shared.queue.try_send(message) {
+            let std::sync::mpsc::TrySendError::Full(back) = error else {
+                return false;
+            };
+            if started.elapsed() > FLUSH {
+                return false;
+            }
+            message = back;
+            thread::sleep(Duration::from_millis(5));
+        }
+        written.recv_timeout(FLUSH).is_ok()
+    }
+
+    pub(super) fn formatted(&self, text: &str) {
+        self.send(Message::Formatted(text.to_owned()));
+    }
+
+    fn send(&self, message: Message) {
+        if self.shared.queue.try_send(message).is_err() {
+            self.shared.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// One long job on the console.
+#[derive(Debug)]
+pub struct ProgressHandle {
+    console: Console,
+    job: u64,
+    finished: bool,
+}
+
+impl ProgressHandle {
+    /// Replaces what the job shows.
+    pub fn set_message(&self, text: &str) {
+        self.console.send(Message::Status {
+            job: self.job,
+            text: printable(text),
+        });
+    }
+
+    /// Ends the display; a text that is not empty stays as a line.
+    pub fn finish(mut self, text: &str) {
+        self.end(text);
+    }
+
+    fn end(&mut self, text: &str) {
+        if !self.finished {
+            self.finished = true;
+            self.console.send(Message::Finished {
+                job: self.job,
+                text: printable(text),
+            });
+        }
+    }
+}
+
+impl Drop for ProgressHandle {
+    fn drop(&mut self) {
+        self.end("");
+    }
+}
+
+impl Progress for ProgressHandle {
+    fn status(&self, text: &str) {
+        self.set_message(text);
+    }
+
+    fn note(&self, text: &str) {
+        self.console.send(Message::Note {
+            job: self.job,
+            text: printable(text),
+        });
+    }
+}
+
+fn write_all(mut sink: Sink, messages: &Receiver<Message>, dropped: &AtomicU64) {
+    loop {
+        match messages.recv_timeout(TICK) {
+            Ok(Message::Flush(done)) => {
+                sink.flush();
+                let _ = done.send(());
+            }
+            Ok(message) => sink.write(message),
+            Err(RecvTimeoutError::Timeout) => sink.tick(),
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+        let lost = dropped.swap(0, Ordering::Relaxed);
+        if lost > 0 {
+            sink.write(Message::Text(format!(
+                "({lost} console lines were dropped)"
+            )));
+        }
+    }
+}
+
+/// One line without what would move the cursor: escape sequences and control characters.
+pub(super) fn printable(line: &str) -> String {
+    let mut out = String::new();
+    let mut chars = line.chars();
+    while let Some(c) = chars.next() {
+        if out.len() >= LINE_BYTES {
+            out.push('…');
+            break;
+        }
+        match c {
+            '\t' => out.push(c),
+            '\u{1b}' => {
+                if chars.next() == Some('[') {
+                    chars.find(|c| ('@'..='~').contains(c));
+                }
+            }
+            c if c.is_control() => {}
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    #[derive(Clone, Default)]
+    struct Captured(Arc<Mutex<Vec<u8>>>);
+
+    impl Captured {
+        fn lines(&self) -> Vec<String> {
+            let bytes = self.0.lock().unwrap().clone();
+            let text = String::from_utf8(bytes).unwrap();
+            text.lines().map(str::to_owned).collect()
+        }
+    }
+
+    impl io::Write for Captured {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn console(style: Style) -> (Console, Captured) {
+        let captured = Captured::default();
+        let console = Console::to_writer(Box::new(captured.clone()), style).unwrap();
+        (console, captured)
+    }
+
+    #[test]
+    fn plain_lines_in_order_and_repeated_status_is_rate_limited() {
+        let (console, captured) = console(Style::Plain);
+        console.node_line("prefill-0", "loading\u{1b}[32m weights\u{1b}[0m\r");
+        let job = console.progress("runtime");
+        for i in 0..1000 {
+            job.set_message(&format!("step {i}"));
+        }
+        job.finish("done");
+        console.banner("ready\n");
+        assert!(console.flush());
+        let lines = captured.lines();
+        assert_eq!(lines[0], "[prefill-0] loading weights");
+        assert_eq!(lines[1], "runtime: step 0");
+        assert_eq!(lines[lines.len() - 4], "runtime: done");
+        assert!(lines.contains(&"ready".to_owned()));
+        assert!(lines.len() < 50, "the status was not rate-limited");
+    }
+
+    #[test]
+    fn json_lines_are_json() {
+        let (console, captured) = console(Style::Json);
+        console.node_line("d", "a \"b\"");
+        console.print("two\nlines");
+        console.progress("model").finish("done");
+        assert!(console.flush());
+        let values: Vec<serde_json::Value> = captured
+            .lines()
+            .iter()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect();
+        assert_eq!(values[0]["node"], "d");
+        assert_eq!(values[0]["message"], "a \"b\"");
+        assert_eq!(values[1]["message"], "two\nlines");
+        assert_eq!(values[2]["progress"], "model");
+    }
+
+    #[test]
+    fn a_closed_stderr_loses_the_text_and_nothing_else() {
+        struct Closed;
+        impl io::Write for Closed {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Err(io::ErrorKind::BrokenPipe.into())
+            }
+        }
+        let console = Console::to_writer(Box::new(Closed), Style::Plain).unwrap();
+        console.print("lost");
+        assert!(console.flush());
+        console.node_line("n", "lost");
+        assert!(console.flush());
+    }
+
+    #[test]
+    fn a_terminal_that_nobody_reads_blocks_nobody() {
+        struct Stuck(Receiver<()>);
+        impl io::Write for Stuck {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                // Until the test lets go of the other end.
+                let _ = self.0.recv();
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let (release, stuck) = sync_channel(0);
+        let console = Console::to_writer(Box::new(Stuck(stuck)), Style::Plain).unwrap();
+        let started = std::time::Instant::now();
+        for _ in 0..3 * QUEUE {
+            console.node_line("n", "line");
+        }
+        assert!(!console.flush());
+        assert!(started.elapsed() < Duration::from_secs(20));
+        assert!(console.shared.dropped.load(Ordering::Relaxed) > 0);
+        drop(release);
+    }
+
+    #[test]
+    fn what_moves_the_cursor_is_removed() {
+        assert_eq!(printable("a\u{1b}[2Kb\u{1b}[1;31mc\u{7}\td\n"), "abc\td");
+        assert_eq!(printable("\u{1b}"), "");
+        assert!(printable(&"x".repeat(10_000)).len() <= LINE_BYTES + '…'.len_utf8());
+    }
+}

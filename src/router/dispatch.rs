@@ -1,0 +1,205 @@
+//! The leg whose answer the client gets: decode after a hand-off, or one node for everything.
+//!
+//! ```text
+//!  choose ─▶ send ─▶ first piece there? ── yes ─▶ commit (no way back from here)
+//!    ▲  │                 │ no: refused, reset, 5xx, timeout, node left
+//!    │  └─ none ready: wait for the fleet, up to queue_timeout
+//!    └──── next node ─────┘ at most MAX_ATTEMPTS
+//! ```
+
+use bytes::Bytes;
+use tokio::time::{Instant, timeout_at};
+
+use super::balance::Pick;
+use super::error::RouterError;
+use super::legs::{self, Leg, LegError, Reply};
+use super::split::{self, WholeReason};
+use super::{Call, Context};
+use crate::fleet::{FleetSnapshot, NodeId, NodeView, Role};
+use crate::handoff::{HandoffId, HandoffTicket};
+
+/// Nodes that one request may be sent to before it is given up.
+const MAX_ATTEMPTS: usize = 5;
+
+/// What the leg is to do.
+pub(super) enum Task<'a> {
+    /// Answer a prompt that went through the prefill stage.
+    Decode(Option<&'a HandoffTicket>),
+    /// Answer alone.
+    Whole(WholeReason),
+}
+
+impl Task<'_> {
+    fn handoff(&self) -> Option<&HandoffId> {
+        match self {
+            Self::Decode(ticket) => ticket.map(HandoffTicket::id),
+            Self::Whole(_) => None,
+        }
+    }
+
+    /// Roles in order of preference.
+    fn roles(&self) -> [Role; 3] {
+        match self {
+            Self::Decode(_) => [Role::Decode, Role::Unified, Role::Prefill],
+            // One token is prefill work.
+            Self::Whole(WholeReason::OneToken) => [Role::Unified, Role::Prefill, Role::Decode],
+            Self::Whole(_) => [Role::Unified, Role::Decode, Role::Prefill],
+        }
+    }
+
+    fn label(&self) -> &'static str {
+        match self {
+            Self::Decode(_) => "decode",
+            Self::Whole(_) => "whole",
+        }
+    }
+}
+
+/// An answer that can be committed, and the node that gives it.
+pub(super) struct Delivery {
+    pub(super) reply: Reply,
+    pub(super) pick: Pick,
+}
+
+pub(super) async fn deliver(
+    cx: &Context,
+    call: &Call<'_>,
+    task: Task<'_>,
+) -> Result<Delivery, RouterError> {
+    let mut choice = Choice::default();
+    let mut patience = None;
+    loop {
+        let pick = choice.next(cx, &task, &mut patience).await?;
+        if let Some((_, error)) = &choice.last {
+            cx.metrics.retry(task.label(), error.label());
+        }
+        let leg = Leg {
+            caller: call.caller,
+            endpoint: call.endpoint,
+            suffix: suffix(choice.attempts),
+            body: body_for(&pick, call, &task),
+        };
+        let sent = Instant::now();
+        let error = tokio::select! {
+            biased;
+            reply = cx.client.fetch(&pick, leg) => match reply {
+                Ok(reply) => {
+                    cx.metrics.leg_first_byte(sent.elapsed());
+                    if matches!(task, Task::Decode(_)) && pick.role != Role::Decode {
+                        cx.metrics.fallback("no_decode_node");
+                    }
+                    return Ok(Delivery { reply, pick });
+                }
+                Err(error) => error,
+            },
+            phase = legs::lost(cx.fleet.clone(), &pick) => LegError::NodeLost { phase },
+        };
+        tracing::warn!(node = %pick.id, id = call.caller.id, %error, "a leg failed before its first byte");
+        choice.failed(&pick, error);
+    }
+}
+
+fn suffix(attempts: usize) -> &'static str {
+    match attempts {
+        0 => "-d",
+        1 => "-d2",
+        2 => "-d3",
+        3 => "-d4",
+        _ => "-d5",
+    }
+}
+
+/// Only decode nodes look for the hand-off.
+fn body_for(pick: &Pick, call: &Call<'_>, task: &Task<'_>) -> Bytes {
+    match task.handoff() {
+        Some(handoff) if pick.role == Role::Decode => split::decode_body(call.fields, handoff),
+        _ => split::whole_body(call.fields, call.original),
+    }
+}
+
+/// Where the request has been.
+#[derive(Default)]
+struct Choice {
+    tried: Vec<(NodeId, u64)>,
+    attempts: usize,
+    last: Option<(NodeId, LegError)>,
+    /// A connection that broke, on a node that is still called ready, may have been an idle one
+    /// that the node was closing: one more try there.
+    forgiven: bool,
+}
+
+impl Choice {
+    /// The next node. `patience` is set when there is none at first, and is not extended.
+    async fn next(
+        &mut self,
+        cx: &Context,
+        task: &Task<'_>,
+        patience: &mut Option<Instant>,
+    ) -> Result<Pick, RouterError> {
+        let mut fleet = cx.fleet.clone();
+        loop {
+            let snapshot = fleet.borrow_and_update().clone();
+            self.forget_the_gone(&snapshot);
+            if self.attempts < MAX_ATTEMPTS
+                && let Some(pick) = self.pick(cx, task, &snapshot)
+            {
+                return Ok(pick);
+            }
+            if !self.worth_waiting(&snapshot) {
+                return Err(self.give_up(cx));
+            }
+            let until = *patience.get_or_insert_with(|| Instant::now() + cx.plan.queue_timeout);
+            match timeout_at(until, fleet.changed()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) => return Err(self.give_up(cx)),
+            }
+        }
+    }
+
+    fn pick(&self, cx: &Context, task: &Task<'_>, fleet: &FleetSnapshot) -> Option<Pick> {
+        let fresh = |node: &&NodeView| !self.has_tried(node);
+        task.roles()
+            .into_iter()
+            .find_map(|role| cx.balancer.pick(fleet.ready(role).filter(fresh)))
+    }
+
+    fn has_tried(&self, node: &NodeView) -> bool {
+        self.tried
+            .iter()
+            .any(|(id, incarnation)| *id == node.id && *incarnation == node.incarnation)
+    }
+
+    /// A node that left and comes back gets another chance.
+    fn forget_the_gone(&mut self, fleet: &FleetSnapshot) {
+        self.tried.retain(|(id, incarnation)| {
+            fleet
+                .node(id)
+                .is_some_and(|node| node.is_ready() && node.incarnation == *incarnation)
+        });
+    }
+
+    /// A node that answers badly is no better in a minute; one that died will be back.
+    fn worth_waiting(&self, fleet: &FleetSnapshot) -> bool {
+        let died = |(_, error): &(NodeId, LegError)| error.is_death();
+        self.attempts < MAX_ATTEMPTS
+            && (self.last.as_ref().is_none_or(died) || !super::admission::has_ready_node(fleet))
+    }
+
+    fn failed(&mut self, pick: &Pick, error: LegError) {
+        self.attempts += 1;
+        let forgivable = matches!(error, LegError::Transport(_)) && !self.forgiven;
+        if forgivable {
+            self.forgiven = true;
+        } else {
+            self.tried.push((pick.id.clone(), pick.incarnation));
+        }
+        self.last = Some((pick.id.clone(), error));
+    }
+
+    fn give_up(&mut self, cx: &Context) -> RouterError {
+        match self.last.take() {
+            Some((node, source)) => RouterError::Nodes { node, source },
+            None => cx.admission.no_node(&cx.fleet),
+        }
+    }
+}

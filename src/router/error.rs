@@ -1,0 +1,157 @@
+//! Everything that can go wrong, and what the client is told: the one place where errors become
+//! HTTP, in OpenAI's shape `{"error":{"message","type","param","code"}}`.
+
+use std::io;
+use std::time::Duration;
+
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use http::{HeaderValue, Method, StatusCode, header};
+
+use super::body::BodyError;
+use super::legs::LegError;
+use crate::fleet::NodeId;
+
+/// Why the router could not run, or could not answer a request.
+#[derive(Debug, thiserror::Error)]
+pub enum RouterError {
+    #[error("cannot use the listening socket")]
+    Listener(#[source] io::Error),
+    #[error("cannot set up the HTTP client for the nodes")]
+    Client(#[source] reqwest::Error),
+    #[error("there is no {path} here; try /v1/chat/completions, /v1/completions or /v1/models")]
+    NotFound { path: String },
+    #[error("{path} does not take {method}")]
+    MethodNotAllowed { method: Method, path: String },
+    #[error("{0}")]
+    Body(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error("the body has more than {limit} bytes; raise the router's max_body")]
+    BodyTooLarge { limit: usize },
+    #[error("the body did not arrive within {0:?}")]
+    BodyTimeout(Duration),
+    #[error("{limit} requests are waiting already; try again later")]
+    QueueFull { limit: usize, retry_after: u64 },
+    #[error("no place became free within {waited:?}; try again later")]
+    QueueTimeout { waited: Duration, retry_after: u64 },
+    #[error("no node became ready within {waited:?}; GET /health says why")]
+    NoNode { waited: Duration, retry_after: u64 },
+    #[error("the nodes could not answer; the last, {node}: {source}")]
+    Nodes {
+        node: NodeId,
+        #[source]
+        source: LegError,
+    },
+}
+
+impl From<BodyError> for RouterError {
+    fn from(error: BodyError) -> Self {
+        Self::Body(Box::new(error))
+    }
+}
+
+impl RouterError {
+    pub(super) fn status(&self) -> StatusCode {
+        match self {
+            Self::Listener(_) | Self::Client(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::NotFound { .. } => StatusCode::NOT_FOUND,
+            Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
+            Self::Body(_) => StatusCode::BAD_REQUEST,
+            Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::BodyTimeout(_) => StatusCode::REQUEST_TIMEOUT,
+            Self::QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,
+            Self::QueueTimeout { .. } | Self::NoNode { .. } => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Nodes { source, .. } if source.is_timeout() => StatusCode::GATEWAY_TIMEOUT,
+            Self::Nodes { .. } => StatusCode::BAD_GATEWAY,
+        }
+    }
+
+    /// A stable word for clients and metrics.
+    pub(super) fn code(&self) -> &'static str {
+        match self {
+            Self::Listener(_) => "listener",
+            Self::Client(_) => "client",
+            Self::NotFound { .. } => "not_found",
+            Self::MethodNotAllowed { .. } => "method_not_allowed",
+            Self::Body(_) => "invalid_body",
+            Self::BodyTooLarge { .. } => "body_too_large",
+            Self::BodyTimeout(_) => "body_timeout",
+            Self::QueueFull { .. } => "queue_full",
+            Self::QueueTimeout { .. } => "queue_timeout",
+            Self::NoNode { .. } => "no_ready_node",
+            Self::Nodes { source, .. } => source.label(),
+        }
+    }
+
+    fn retry_after(&self) -> Option<u64> {
+        match self {
+            Self::QueueFull { retry_after, .. }
+            | Self::QueueTimeout { retry_after, .. }
+            | Self::NoNode { retry_after, .. } => Some(*retry_after),
+            Self::Nodes { .. } => Some(1),
+            _ => None,
+        }
+    }
+}
+
+impl IntoResponse for RouterError {
+    fn into_response(self) -> Response {
+        let status = self.status();
+        let body = error_json(&self.to_string(), status, self.code());
+        let mut response = (status, body).into_response();
+        let headers = response.headers_mut();
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
+        if let Some(seconds) = self.retry_after() {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}
+
+/// The event that ends a stream which cannot go on. There is no `[DONE]` after it.
+pub(super) fn error_event(error: &LegError) -> Bytes {
+    let message = format!("the stream broke off: {error}");
+    let json = error_json(&message, StatusCode::BAD_GATEWAY, error.label());
+    format!("data: {json}\n\n").into()
+}
+
+fn error_json(message: &str, status: StatusCode, code: &str) -> String {
+    let kind = match status.as_u16() {
+        429 => "rate_limit_error",
+        404 => "not_found_error",
+        400..500 => "invalid_request_error",
+        503 => "service_unavailable_error",
+        _ => "server_error",
+    };
+    serde_json::json!({
+        "error": {"message": message, "type": kind, "param": null, "code": code}
+    })
+    .to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_says_when_to_come_back() {
+        let error = RouterError::QueueFull {
+            limit: 3,
+            retry_after: 7,
+        };
+        let response = error.into_response();
+        assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
+        assert_eq!(response.headers()[header::RETRY_AFTER], "7");
+    }
+
+    #[test]
+    fn the_error_event_is_one_event_in_openai_shape() {
+        let event = error_event(&LegError::Truncated);
+        let json = event.strip_prefix(b"data: ").unwrap();
+        let json: serde_json::Value = serde_json::from_slice(json).unwrap();
+        assert_eq!(json["error"]["code"], "truncated");
+        assert!(event.ends_with(b"\n\n"));
+    }
+}

@@ -1,0 +1,231 @@
+//! The prefill stage of a split request.
+//!
+//! ```text
+//!  register ticket ─▶ send P leg ─▶ waiting ──┬─ board: Ready ──────────────▶ decode loads KV
+//!                        ▲                    ├─ board: Failed(other) ──────▶ decode, fallback
+//!                        │                    ├─ P's 2xx, never opened ─────▶ decode, fallback
+//!                        │                    ├─ handoff_timeout ───────────▶ decode, fallback
+//!                        │                    ├─ P's 4xx ───────────────────▶ the client's error
+//!                        └── another P, once ─┴─ P failed or left / ProducerDied
+//!                                                 └─ no other P ────────────▶ decode computes
+//! ```
+//!
+//! P's HTTP reply is not awaited. After Ready it is read in the background, so that its connection
+//! can be used again; if the store held the whole prompt already, or the hand-off is of no more use,
+//! dropping the request stops P's work.
+
+use std::pin::Pin;
+
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep_until};
+
+use super::balance::Pick;
+use super::legs::{self, CompleteReply, Leg, LegError, Reply};
+use super::split;
+use super::{Call, Context};
+use crate::fleet::{NodeView, Role};
+use crate::handoff::{HandoffFailure, HandoffId, HandoffOutcome, HandoffState, HandoffTicket};
+
+/// Prefill nodes that one request may be sent to.
+const MAX_ATTEMPTS: usize = 2;
+
+/// What the decode stage starts with.
+#[derive(Default)]
+pub(super) struct Prefilled {
+    /// Kept until decode answered. `None`: there is nothing in the store to look for.
+    pub(super) ticket: Option<HandoffTicket>,
+    pub(super) background: Option<Background>,
+}
+
+pub(super) enum Stage {
+    Decode(Prefilled),
+    /// P refused the request itself.
+    Rejected(CompleteReply),
+}
+
+pub(super) async fn prefill(cx: &Context, call: &Call<'_>) -> Stage {
+    let deadline = Instant::now() + cx.plan.handoff_timeout;
+    let mut tried = Vec::new();
+    let mut reason = "no_prefill_node";
+    while tried.len() < MAX_ATTEMPTS {
+        let Some(pick) = pick(cx, &tried) else { break };
+        if !tried.is_empty() {
+            cx.metrics.retry("prefill", reason);
+        }
+        let mut attempt = Attempt::start(cx, call, pick, tried.len());
+        let event = attempt.wait(cx, deadline).await;
+        match event {
+            Event::Settled(HandoffOutcome::Ready { already_stored, .. }) => {
+                cx.metrics.handoff_ready(attempt.sent.elapsed());
+                return Stage::Decode(attempt.into_prefilled(cx, already_stored));
+            }
+            Event::Rejected(reply) => return Stage::Rejected(reply),
+            Event::Settled(HandoffOutcome::Failed(HandoffFailure::ProducerDied)) => {
+                reason = HandoffFailure::ProducerDied.label();
+            }
+            Event::Failed(ref error) => {
+                tracing::warn!(node = %attempt.pick_id(), id = call.caller.id, %error, "prefill failed");
+                reason = error.label();
+            }
+            Event::Settled(HandoffOutcome::Failed(failure)) => {
+                cx.metrics.fallback(failure.label());
+                return Stage::Decode(attempt.into_ticket());
+            }
+            Event::NotOpened => {
+                cx.metrics.fallback("not_opened");
+                return Stage::Decode(attempt.into_ticket());
+            }
+            Event::Late => {
+                cx.metrics.fallback("handoff_timeout");
+                return Stage::Decode(attempt.into_ticket());
+            }
+        }
+        tried.push(attempt.into_tried());
+    }
+    cx.metrics.fallback(reason);
+    Stage::Decode(Prefilled::default())
+}
+
+type Tried = (crate::fleet::NodeId, u64);
+
+fn pick(cx: &Context, tried: &[Tried]) -> Option<Pick> {
+    let fleet = cx.fleet.borrow().clone();
+    let fresh = |node: &&NodeView| {
+        node.can_hand_off()
+            && !tried
+                .iter()
+                .any(|(id, incarnation)| *id == node.id && *incarnation == node.incarnation)
+    };
+    cx.balancer.pick(fleet.ready(Role::Prefill).filter(fresh))
+}
+
+enum Event {
+    Settled(HandoffOutcome),
+    Rejected(CompleteReply),
+    /// P answered 2xx without ever having seen the hand-off.
+    NotOpened,
+    Failed(LegError),
+    Late,
+}
+
+type Sent = Pin<Box<dyn Future<Output = Result<Reply, LegError>> + Send>>;
+
+struct Attempt {
+    ticket: HandoffTicket,
+    pick: Pick,
+    /// `None` once P answered.
+    leg: Option<Sent>,
+    sent: Instant,
+}
+
+impl Attempt {
+    fn start(cx: &Context, call: &Call<'_>, pick: Pick, number: usize) -> Self {
+        let ticket = cx.board.register(HandoffId::random());
+        let leg = Leg {
+            caller: call.caller,
+            endpoint: call.endpoint,
+            suffix: if number == 0 { "-p" } else { "-p2" },
+            body: split::prefill_body(call.fields, ticket.id()),
+        };
+        let leg: Sent = Box::pin(cx.client.fetch(&pick, leg));
+        Self {
+            ticket,
+            pick,
+            leg: Some(leg),
+            sent: Instant::now(),
+        }
+    }
+
+    async fn wait(&mut self, cx: &Context, deadline: Instant) -> Event {
+        let mut lost = std::pin::pin!(legs::lost(cx.fleet.clone(), &self.pick));
+        let mut late = std::pin::pin!(sleep_until(deadline));
+        loop {
+            tokio::select! {
+                // A hand-off that is ready counts, whatever else happened meanwhile.
+                biased;
+                outcome = self.ticket.settled() => return Event::Settled(outcome),
+                reply = answer(&mut self.leg) => {
+                    self.leg = None;
+                    match reply {
+                        Err(error) => return Event::Failed(error),
+                        Ok(Reply::Complete(reply)) if !reply.status.is_success() => {
+                            return Event::Rejected(reply);
+                        }
+                        Ok(_) if self.ticket.state() == HandoffState::Expected => {
+                            return Event::NotOpened;
+                        }
+                        Ok(_) => {}
+                    }
+                }
+                phase = &mut lost => return Event::Failed(LegError::NodeLost { phase }),
+                () = &mut late => return Event::Late,
+            }
+        }
+    }
+
+    fn pick_id(&self) -> &crate::fleet::NodeId {
+        &self.pick.id
+    }
+
+    fn into_prefilled(self, cx: &Context, cancel: bool) -> Prefilled {
+        let leg = self.leg.filter(|_| !cancel);
+        let background = leg.map(|leg| Background::spawn(cx, leg, self.pick));
+        Prefilled {
+            ticket: Some(self.ticket),
+            background,
+        }
+    }
+
+    fn into_ticket(self) -> Prefilled {
+        Prefilled {
+            ticket: Some(self.ticket),
+            background: None,
+        }
+    }
+
+    fn into_tried(self) -> Tried {
+        (self.pick.id.clone(), self.pick.incarnation)
+    }
+}
+
+async fn answer(leg: &mut Option<Sent>) -> Result<Reply, LegError> {
+    match leg {
+        Some(leg) => leg.await,
+        None => std::future::pending().await,
+    }
+}
+
+/// P's reply, read to its end aside. Aborted when dropped, unless detached; bounded by
+/// `first_byte_timeout`, which the leg carries itself, and by the router's end.
+#[derive(Debug)]
+pub(super) struct Background {
+    task: Option<AbortHandle>,
+}
+
+impl Background {
+    fn spawn(cx: &Context, leg: Sent, pick: Pick) -> Self {
+        let stop = cx.stop.clone();
+        let task = cx.background.spawn(async move {
+            let outcome = stop.run_until_cancelled(leg).await;
+            if let Some(Err(error)) = outcome {
+                tracing::debug!(node = %pick.id, %error, "prefill's reply was lost after its hand-off");
+            }
+        });
+        Self {
+            task: Some(task.abort_handle()),
+        }
+    }
+
+    /// The request is over in good order: let the reply come.
+    pub(super) fn detach(mut self) {
+        self.task = None;
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        if let Some(task) = self.task.take() {
+            task.abort();
+        }
+    }
+}

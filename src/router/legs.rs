@@ -1,0 +1,306 @@
+//! One leg: a request to one node, up to the moment its answer can be committed to the client.
+
+use std::time::Duration;
+
+use axum::body::Body;
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http_body_util::{BodyExt, Limited};
+use tokio::time::{Instant, timeout_at};
+
+use super::balance::Pick;
+use super::split::Endpoint;
+use super::stream::{EventStream, FirstEvents};
+use crate::fleet::{FleetSnapshot, FleetWatch, Phase};
+
+/// Bytes of a reply that is not streamed.
+const MAX_REPLY: usize = 64 << 20;
+/// How much of a node's error text is quoted.
+const EXCERPT: usize = 300;
+/// A node of ours closes idle connections after 5 s (uvicorn's default); we do it before.
+const POOL_IDLE: Duration = Duration::from_secs(4);
+const PASSED_ON: [header::HeaderName; 3] = [
+    header::AUTHORIZATION,
+    header::HeaderName::from_static("traceparent"),
+    header::HeaderName::from_static("tracestate"),
+];
+const REQUEST_ID: header::HeaderName = header::HeaderName::from_static("x-request-id");
+
+/// Why a leg gave no usable answer.
+#[derive(Debug, thiserror::Error)]
+pub enum LegError {
+    #[error("could not connect")]
+    Connect(#[source] reqwest::Error),
+    #[error("the connection broke: {0}")]
+    Transport(#[source] reqwest::Error),
+    #[error("no answer within {0:?}")]
+    FirstByteTimeout(Duration),
+    #[error("nothing came for {0:?}")]
+    ChunkTimeout(Duration),
+    #[error("it answered {status}: {excerpt}")]
+    Status { status: StatusCode, excerpt: String },
+    #[error("it is no longer ready ({phase})")]
+    NodeLost { phase: &'static str },
+    #[error("the reply has more than {limit} bytes")]
+    TooLarge { limit: usize },
+    #[error("the stream ended too early")]
+    Truncated,
+    #[error("the stream began with an error: {0}")]
+    InStream(String),
+}
+
+impl LegError {
+    /// A stable word for clients and metrics.
+    pub(super) fn label(&self) -> &'static str {
+        match self {
+            Self::Connect(_) => "connect",
+            Self::Transport(_) => "transport",
+            Self::FirstByteTimeout(_) => "first_byte_timeout",
+            Self::ChunkTimeout(_) => "chunk_timeout",
+            Self::Status { .. } => "status",
+            Self::NodeLost { .. } => "node_lost",
+            Self::TooLarge { .. } => "too_large",
+            Self::Truncated => "truncated",
+            Self::InStream(_) => "in_stream",
+        }
+    }
+
+    pub(super) fn is_timeout(&self) -> bool {
+        matches!(self, Self::FirstByteTimeout(_) | Self::ChunkTimeout(_))
+    }
+
+    /// The node looks dead, so the supervisor will soon say so, and bring it back.
+    pub(super) fn is_death(&self) -> bool {
+        matches!(
+            self,
+            Self::Connect(_) | Self::Transport(_) | Self::NodeLost { .. } | Self::Truncated
+        )
+    }
+
+    fn from_client(error: reqwest::Error) -> Self {
+        if error.is_connect() {
+            Self::Connect(error)
+        } else {
+            Self::Transport(error)
+        }
+    }
+}
+
+/// What the client said besides its body, as the legs need it.
+#[derive(Debug)]
+pub(super) struct Caller {
+    pub(super) id: String,
+    headers: HeaderMap,
+}
+
+impl Caller {
+    /// Takes the client's `X-Request-Id` if it is usable as a part of ours, else makes one.
+    pub(super) fn new(headers: &HeaderMap) -> Self {
+        let usable = |id: &&str| {
+            (1..=128).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic())
+        };
+        let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok());
+        let id = match given.filter(usable) {
+            Some(id) => id.to_owned(),
+            None => format!("{:016x}", rand::random::<u64>()),
+        };
+        let mut passed = HeaderMap::with_capacity(PASSED_ON.len() + 2);
+        passed.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
+        for name in PASSED_ON {
+            if let Some(value) = headers.get(&name) {
+                passed.insert(name, value.clone());
+            }
+        }
+        Self {
+            id,
+            headers: passed,
+        }
+    }
+
+    /// The header that names the request to the client.
+    pub(super) fn echo(&self) -> Option<(header::HeaderName, HeaderValue)> {
+        Some((REQUEST_ID, HeaderValue::from_str(&self.id).ok()?))
+    }
+}
+
+/// What is sent to a node.
+pub(super) struct Leg<'a> {
+    pub(super) caller: &'a Caller,
+    pub(super) endpoint: Endpoint,
+    /// Appended to the caller's id.
+    pub(super) suffix: &'a str,
+    pub(super) body: Bytes,
+}
+
+/// An answer that can be committed: nothing of it has been sent to the client yet.
+pub(super) enum Reply {
+    Complete(CompleteReply),
+    Streamed(StreamedReply),
+}
+
+#[derive(Debug)]
+pub(super) struct CompleteReply {
+    pub(super) status: StatusCode,
+    content_type: Option<HeaderValue>,
+    body: Bytes,
+}
+
+impl CompleteReply {
+    pub(super) fn into_response(self) -> http::Response<Body> {
+        head(self.status, self.content_type, Body::from(self.body))
+    }
+}
+
+/// An event stream whose first events have arrived.
+pub(super) struct StreamedReply {
+    pub(super) status: StatusCode,
+    pub(super) content_type: Option<HeaderValue>,
+    pub(super) first: Bytes,
+    pub(super) rest: EventStream,
+}
+
+pub(super) fn head(
+    status: StatusCode,
+    content_type: Option<HeaderValue>,
+    body: Body,
+) -> http::Response<Body> {
+    let mut response = http::Response::new(body);
+    *response.status_mut() = status;
+    if let Some(content_type) = content_type {
+        response
+            .headers_mut()
+            .insert(header::CONTENT_TYPE, content_type);
+    }
+    response
+}
+
+/// The HTTP client for all nodes.
+#[derive(Debug, Clone)]
+pub(super) struct Client {
+    http: reqwest::Client,
+    first_byte_timeout: Duration,
+}
+
+impl Client {
+    pub(super) fn new(plan: &crate::plan::RouterPlan) -> Result<Self, reqwest::Error> {
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
+            .retry(reqwest::retry::never())
+            .tcp_nodelay(true)
+            .connect_timeout(plan.connect_timeout)
+            .pool_idle_timeout(POOL_IDLE)
+            .pool_max_idle_per_host(plan.max_in_flight)
+            .build()?;
+        Ok(Self {
+            http,
+            first_byte_timeout: plan.first_byte_timeout,
+        })
+    }
+
+    /// Sends the leg and reads its answer as far as it must be known before it is committed: a
+    /// stream's first events, anything else whole. A status of 500 or above is an error.
+    pub(super) fn fetch(
+        &self,
+        pick: &Pick,
+        leg: Leg<'_>,
+    ) -> impl Future<Output = Result<Reply, LegError>> + Send + 'static {
+        let request = self.request(pick, leg);
+        let limit = self.first_byte_timeout;
+        async move {
+            timeout_at(Instant::now() + limit, read_reply(request))
+                .await
+                .unwrap_or(Err(LegError::FirstByteTimeout(limit)))
+        }
+    }
+
+    fn request(&self, pick: &Pick, leg: Leg<'_>) -> reqwest::RequestBuilder {
+        let mut headers = leg.caller.headers.clone();
+        let id = format!("{}{}", leg.caller.id, leg.suffix);
+        if let Ok(id) = HeaderValue::from_str(&id) {
+            headers.insert(REQUEST_ID, id);
+        }
+        let url = format!("http://{}{}", pick.addr, leg.endpoint.path());
+        self.http.post(url).headers(headers).body(leg.body)
+    }
+}
+
+async fn read_reply(request: reqwest::RequestBuilder) -> Result<Reply, LegError> {
+    let response = request.send().await.map_err(LegError::from_client)?;
+    let (parts, body) = http::Response::from(response).into_parts();
+    let content_type = parts.headers.get(header::CONTENT_TYPE).cloned();
+    let is_events = content_type
+        .as_ref()
+        .is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
+    if is_events && parts.status.is_success() {
+        let mut rest = EventStream::new(body);
+        return match rest.first().await? {
+            FirstEvents::Error { code, text } if !(400..500).contains(&code) => {
+                Err(LegError::InStream(excerpt(&text)))
+            }
+            FirstEvents::Error { text: first, .. } | FirstEvents::Content(first) => {
+                Ok(Reply::Streamed(StreamedReply {
+                    status: parts.status,
+                    content_type,
+                    first,
+                    rest,
+                }))
+            }
+        };
+    }
+    let body = read_whole(body).await?;
+    if parts.status.is_server_error() {
+        return Err(LegError::Status {
+            status: parts.status,
+            excerpt: excerpt(&body),
+        });
+    }
+    Ok(Reply::Complete(CompleteReply {
+        status: parts.status,
+        content_type,
+        body,
+    }))
+}
+
+async fn read_whole(body: reqwest::Body) -> Result<Bytes, LegError> {
+    match Limited::new(body, MAX_REPLY).collect().await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(error) => Err(match error.downcast::<reqwest::Error>() {
+            Ok(error) => LegError::Transport(*error),
+            Err(_) => LegError::TooLarge { limit: MAX_REPLY },
+        }),
+    }
+}
+
+fn excerpt(text: &[u8]) -> String {
+    let text = String::from_utf8_lossy(text);
+    text.trim().chars().take(EXCERPT).collect()
+}
+
+/// Resolves when the picked node can no longer be expected to answer, with its new phase. A node
+/// that is being stopped finishes what it has.
+pub(super) async fn lost(mut fleet: FleetWatch, pick: &Pick) -> &'static str {
+    if let Ok(fleet) = fleet
+        .wait_for(|fleet| departure(fleet, pick).is_some())
+        .await
+        && let Some(phase) = departure(&fleet, pick)
+    {
+        return phase;
+    }
+    // The supervisor is gone; only the timeouts are left.
+    std::future::pending().await
+}
+
+fn departure(fleet: &FleetSnapshot, pick: &Pick) -> Option<&'static str> {
+    match fleet.node(&pick.id) {
+        None => Some("removed"),
+        Some(node) if node.incarnation != pick.incarnation => Some("restarted"),
+        Some(node) => match node.phase {
+            Phase::Ready | Phase::Stopping => None,
+            ref phase => Some(phase.label()),
+        },
+    }
+}

@@ -1,0 +1,275 @@
+//! The HTTP surface.
+//!
+//! | path | |
+//! |---|---|
+//! | `POST /v1/completions`, `POST /v1/chat/completions` | see [`super`] |
+//! | `GET /v1/models` | answered here, once for the fleet |
+//! | `GET /health` | 200 when a request can be served now, else 503 with Retry-After |
+//! | `GET /status` | the fleet and what is in flight, as JSON |
+//! | `GET /metrics` | Prometheus text |
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, body::HttpBody};
+use bytes::Bytes;
+use http::{HeaderValue, Method, StatusCode, Uri, header};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde_json::json;
+
+use super::admission::{has_ready_node, retry_after};
+use super::body::Fields;
+use super::dispatch::{Delivery, Task, deliver};
+use super::error::RouterError;
+use super::handoff::{Prefilled, Stage, prefill};
+use super::legs::{Caller, CompleteReply, Reply, head};
+use super::metrics::{Observation, Outcome};
+use super::split::{Endpoint, WholeReason, never_split};
+use super::stream::{Held, ReplyBody};
+use super::{Call, Context};
+use crate::fleet::Role;
+
+/// From a request's head to the end of its body.
+const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+
+type Shared = State<Arc<Context>>;
+
+pub(super) fn routes(cx: Arc<Context>) -> Router {
+    Router::new()
+        .route("/v1/completions", post(completions))
+        .route("/v1/chat/completions", post(chat))
+        .route("/v1/models", get(models))
+        .route("/health", get(health))
+        .route("/status", get(status))
+        .route("/metrics", get(metrics))
+        .fallback(not_found)
+        .method_not_allowed_fallback(method_not_allowed)
+        .with_state(cx)
+}
+
+async fn completions(State(cx): Shared, request: Request) -> Response {
+    generate(cx, Endpoint::Completions, request).await
+}
+
+async fn chat(State(cx): Shared, request: Request) -> Response {
+    generate(cx, Endpoint::Chat, request).await
+}
+
+async fn generate(cx: Arc<Context>, endpoint: Endpoint, request: Request) -> Response {
+    let mut observation = Observation::start(&cx.metrics, endpoint);
+    let (parts, body) = request.into_parts();
+    let caller = Caller::new(&parts.headers);
+    let arrival = Arrival {
+        endpoint,
+        caller: &caller,
+        body,
+    };
+    let mut response = match answer(&cx, arrival, &mut observation).await {
+        Ok(answer) => answer.commit(&cx, observation),
+        Err(error) => {
+            observation.finish(Outcome::of(error.status()));
+            error.into_response()
+        }
+    };
+    if let Some((name, id)) = caller.echo() {
+        response.headers_mut().insert(name, id);
+    }
+    response
+}
+
+struct Arrival<'a> {
+    endpoint: Endpoint,
+    caller: &'a Caller,
+    body: Body,
+}
+
+/// Everything that is known when the first piece of an answer is there.
+enum Answer {
+    Rejected(CompleteReply),
+    Delivered {
+        delivery: Delivery,
+        prefill: Option<super::handoff::Background>,
+        permit: super::admission::Permit,
+    },
+}
+
+async fn answer(
+    cx: &Context,
+    arrival: Arrival<'_>,
+    observation: &mut Observation,
+) -> Result<Answer, RouterError> {
+    let permit = cx.admission.enter(&cx.fleet).await?;
+    let original = read_body(arrival.body, cx.plan.max_body).await?;
+    let fields = Fields::parse(&original)?;
+    let call = Call {
+        endpoint: arrival.endpoint,
+        caller: arrival.caller,
+        fields: &fields,
+        original: &original,
+    };
+    let whole = never_split(call.endpoint, &fields)
+        .or_else(|| (!cx.fleet.borrow().can_split()).then_some(WholeReason::NoPair));
+    observation.takes_path(whole);
+    let (delivery, prefill) = match whole {
+        Some(reason) => (deliver(cx, &call, Task::Whole(reason)).await?, None),
+        None => match prefill(cx, &call).await {
+            Stage::Rejected(reply) => return Ok(Answer::Rejected(reply)),
+            Stage::Decode(Prefilled { ticket, background }) => {
+                let task = Task::Decode(ticket.as_ref());
+                (deliver(cx, &call, task).await?, background)
+            }
+        },
+    };
+    Ok(Answer::Delivered {
+        delivery,
+        prefill,
+        permit,
+    })
+}
+
+impl Answer {
+    fn commit(self, cx: &Context, observation: Observation) -> Response {
+        observation.first_byte();
+        let (delivery, prefill, permit) = match self {
+            Self::Rejected(reply) => return complete(reply, observation),
+            Self::Delivered {
+                delivery,
+                prefill,
+                permit,
+            } => (delivery, prefill, permit),
+        };
+        match delivery.reply {
+            Reply::Complete(reply) => {
+                if let Some(prefill) = prefill {
+                    prefill.detach();
+                }
+                complete(reply, observation)
+            }
+            Reply::Streamed(reply) => {
+                let held = Held {
+                    permit,
+                    pick: delivery.pick,
+                    prefill,
+                    observation,
+                };
+                let timeout = cx.plan.chunk_timeout;
+                let metrics = cx.metrics.clone();
+                let body = ReplyBody::new(reply.first, reply.rest, held, timeout, metrics);
+                head(reply.status, reply.content_type, Body::new(body))
+            }
+        }
+    }
+}
+
+fn complete(reply: CompleteReply, observation: Observation) -> Response {
+    observation.finish(Outcome::of(reply.status));
+    reply.into_response()
+}
+
+async fn read_body(body: Body, limit: usize) -> Result<Bytes, RouterError> {
+    if body.size_hint().lower() > limit as u64 {
+        return Err(RouterError::BodyTooLarge { limit });
+    }
+    let collect = Limited::new(body, limit).collect();
+    match tokio::time::timeout(BODY_TIMEOUT, collect).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            Err(RouterError::BodyTooLarge { limit })
+        }
+        Ok(Err(error)) => Err(RouterError::Body(error)),
+        Err(_) => Err(RouterError::BodyTimeout(BODY_TIMEOUT)),
+    }
+}
+
+async fn models(State(cx): Shared) -> Response {
+    Json(json!({
+        "object": "list",
+        "data": [{
+            "id": cx.served_model,
+            "object": "model",
+            "created": cx.started,
+            "owned_by": "pegaflow",
+        }],
+    }))
+    .into_response()
+}
+
+async fn health(State(cx): Shared) -> Response {
+    let fleet = cx.fleet.borrow().clone();
+    let nodes: BTreeMap<_, _> = fleet
+        .nodes()
+        .map(|node| {
+            let view = json!({
+                "role": node.role,
+                "phase": node.phase.label(),
+                "reason": node.reason,
+            });
+            (node.id.as_str(), view)
+        })
+        .collect();
+    let pairs = fleet.nodes().any(|node| node.role != Role::Unified);
+    let draining = cx.draining.is_cancelled();
+    let serves = has_ready_node(&fleet) && !draining;
+    let degraded = fleet.nodes().any(|node| !node.is_ready()) || (pairs && !fleet.can_split());
+    let word = match (draining, serves, degraded) {
+        (true, ..) => "draining",
+        (_, false, _) => "unavailable",
+        (_, _, true) => "degraded",
+        _ => "ok",
+    };
+    let body = Json(json!({
+        "status": word,
+        "splits": fleet.can_split(),
+        "nodes": nodes,
+    }));
+    if serves {
+        return body.into_response();
+    }
+    let hint = [(header::RETRY_AFTER, HeaderValue::from(retry_after(&fleet)))];
+    (StatusCode::SERVICE_UNAVAILABLE, hint, body).into_response()
+}
+
+async fn status(State(cx): Shared) -> Response {
+    let fleet = cx.fleet.borrow().clone();
+    Json(json!({
+        "fleet": *fleet,
+        "in_flight": cx.admission.in_flight(),
+        "queued": cx.admission.queued(),
+        "in_flight_by_node": cx.balancer.in_flight(),
+        "handoffs_waiting": cx.board.waiting(),
+        "draining": cx.draining.is_cancelled(),
+    }))
+    .into_response()
+}
+
+async fn metrics(State(cx): Shared) -> Response {
+    let mut text = String::new();
+    if prometheus_client::encoding::text::encode(&mut text, &cx.registry).is_err() {
+        return StatusCode::INTERNAL_SERVER_ERROR.into_response();
+    }
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    (
+        [(header::CONTENT_TYPE, HeaderValue::from_static(kind))],
+        text,
+    )
+        .into_response()
+}
+
+async fn not_found(uri: Uri) -> RouterError {
+    RouterError::NotFound {
+        path: uri.path().to_owned(),
+    }
+}
+
+async fn method_not_allowed(method: Method, uri: Uri) -> RouterError {
+    RouterError::MethodNotAllowed {
+        method,
+        path: uri.path().to_owned(),
+    }
+}

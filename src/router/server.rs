@@ -1,0 +1,94 @@
+//! Connections: accepted until the end begins, drained under a deadline, then dropped.
+
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use nix::sys::socket::{setsockopt, sockopt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::error::RouterError;
+use crate::plan::RouterPlan;
+use crate::shutdown::Shutdown;
+
+/// Connections at a time; more wait in the listener's backlog.
+const MAX_CONNECTIONS: usize = 16_384;
+/// How long a connection may be idle, or take to send a request's head.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
+/// After an accept error (out of file descriptors, say).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+pub(super) async fn run(
+    listener: TcpListener,
+    routes: Router,
+    plan: &RouterPlan,
+    shutdown: &Shutdown,
+) -> Result<(), RouterError> {
+    listener.local_addr().map_err(RouterError::Listener)?;
+    let drain_timeout = plan.drain_timeout;
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            biased;
+            () = shutdown.graceful().cancelled() => break,
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
+                Ok((stream, _)) => {
+                    let draining = shutdown.graceful().clone();
+                    prepare(&stream, plan.chunk_timeout);
+                    connections.spawn(connection(stream, routes.clone(), draining));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "cannot accept a connection");
+                    sleep(ACCEPT_PAUSE).await;
+                }
+            },
+        }
+    }
+    drop(listener);
+    let drained = async { while connections.join_next().await.is_some() {} };
+    tokio::select! {
+        biased;
+        () = shutdown.forced().cancelled() => {}
+        result = timeout(drain_timeout, drained) => if result.is_err() {
+            tracing::warn!(?drain_timeout, "requests were still running; dropping them");
+        },
+    }
+    connections.shutdown().await;
+    Ok(())
+}
+
+/// A client that takes nothing for as long as a node may say nothing is gone: without that it would
+/// hold its place for ever. The kernel watches it, also while its window is closed.
+fn prepare(stream: &TcpStream, patience: Duration) {
+    let millis = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "cannot set TCP_NODELAY");
+    }
+    if let Err(error) = setsockopt(stream, sockopt::TcpUserTimeout, &millis) {
+        tracing::debug!(%error, "cannot set TCP_USER_TIMEOUT");
+    }
+}
+
+async fn connection(stream: TcpStream, routes: Router, draining: CancellationToken) {
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+    let mut served = std::pin::pin!(served);
+    let result = tokio::select! {
+        result = served.as_mut() => result,
+        () = draining.cancelled() => {
+            served.as_mut().graceful_shutdown();
+            served.await
+        }
+    };
+    if let Err(error) = result {
+        tracing::debug!(%error, "a client's connection ended");
+    }
+}

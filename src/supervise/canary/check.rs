@@ -1,0 +1,184 @@
+//! One examination of one pair: three fresh prompts, loaded and computed.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use rand::RngExt;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use crate::handoff::{HandoffBoard, HandoffFailure, HandoffId, HandoffOutcome};
+
+use super::super::CanaryPlan;
+use super::super::probe::{CallError, NodeClient};
+use super::compare::{Continuation, Difference, external_hits};
+
+const PROMPTS: u32 = 3;
+const CHUNKS: u32 = 3;
+/// Beyond the last full chunk, so that the decode node also computes something.
+const REST: u32 = 7;
+const TOKENS: u32 = 16;
+/// Counters are published a little after the reply.
+const COUNTER_LIMIT: Duration = Duration::from_secs(3);
+const COUNTER_POLL: Duration = Duration::from_millis(100);
+
+/// What the examination did not like.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckError {
+    #[error("the prefill request failed")]
+    Prefill(#[source] CallError),
+    #[error("the decode request failed")]
+    Decode(#[source] CallError),
+    #[error("the hand-off failed")]
+    Handoff(#[source] HandoffFailure),
+    #[error("the reply has no usable logprobs: {0}")]
+    Reply(&'static str),
+    #[error("only {stored} of the prompt's {CHUNKS} chunks reached the store")]
+    NotStored { stored: u32 },
+    #[error("the decode node loaded {loaded} of {expected} stored tokens")]
+    NotLoaded { loaded: f64, expected: f64 },
+    #[error("loaded and computed KV give different answers")]
+    Different(#[source] Difference),
+}
+
+/// What follows from an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Severity {
+    /// The KV is wrong, or is not handed over at all.
+    Wrong,
+    /// May have been an accident.
+    Fault,
+    /// A node is dying, which its supervisor will see.
+    Broken,
+    StoreOff,
+}
+
+impl CheckError {
+    pub fn severity(&self) -> Severity {
+        match self {
+            Self::Prefill(call) | Self::Decode(call) if call.is_transport() => Severity::Broken,
+            Self::Handoff(HandoffFailure::ProducerDied) => Severity::Broken,
+            Self::Handoff(HandoffFailure::EngineDown) => Severity::StoreOff,
+            Self::Prefill(_) | Self::Decode(_) | Self::Handoff(_) | Self::Reply(_) => {
+                Severity::Fault
+            }
+            Self::NotStored { .. } | Self::NotLoaded { .. } | Self::Different(_) => Severity::Wrong,
+        }
+    }
+}
+
+/// The error with its causes, in one line.
+pub fn explain(error: &CheckError) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}
+
+pub struct Check<'a> {
+    pub plan: &'a CanaryPlan,
+    pub client: &'a NodeClient,
+    pub board: &'a HandoffBoard,
+    pub prefill: SocketAddr,
+    pub decode: SocketAddr,
+}
+
+impl Check<'_> {
+    pub async fn run(&self) -> Result<(), CheckError> {
+        for _ in 0..PROMPTS {
+            self.prompt().await?;
+        }
+        Ok(())
+    }
+
+    async fn prompt(&self) -> Result<(), CheckError> {
+        let limit = self.plan.deadline;
+        let prompt = self.random_prompt();
+        let salt = HandoffId::random();
+        let mut ticket = self.board.register(HandoffId::random());
+        let leg = |leg: &str| json!({"pegaflow": {"handoff": ticket.id().as_str(), "leg": leg}});
+        let (first_leg, second_leg) = (leg("prefill"), leg("decode"));
+
+        let mut body = self.body(&prompt, &salt);
+        set(&mut body, "max_tokens", json!(1));
+        set(&mut body, "kv_transfer_params", first_leg);
+        let saved = self.client.complete(self.prefill, &body, limit).await;
+        saved.map_err(CheckError::Prefill)?;
+        match ticket.settled_within(limit).await {
+            HandoffOutcome::Ready { chunks, .. } if chunks >= CHUNKS => {}
+            HandoffOutcome::Ready { chunks, .. } => {
+                return Err(CheckError::NotStored { stored: chunks });
+            }
+            HandoffOutcome::Failed(failure) => return Err(CheckError::Handoff(failure)),
+        }
+
+        let before = self.hits().await?;
+        let mut body = self.body(&prompt, &salt);
+        set(&mut body, "kv_transfer_params", second_leg);
+        let loaded = self.generate(&body).await?;
+        self.require_hits(before).await?;
+        // Another salt: nothing of the above may be reused.
+        let alone = self.body(&prompt, &HandoffId::random());
+        let computed = self.generate(&alone).await?;
+        loaded
+            .compare(&computed, self.plan.tolerance)
+            .map_err(CheckError::Different)
+    }
+
+    fn random_prompt(&self) -> Vec<u32> {
+        let length = self.plan.block_size.saturating_mul(CHUNKS) + REST;
+        let mut rng = rand::rng();
+        (0..length).map(|_| rng.random_range(20..1000)).collect()
+    }
+
+    fn body(&self, prompt: &[u32], salt: &HandoffId) -> Value {
+        json!({
+            "model": self.plan.served_model,
+            "prompt": prompt,
+            "max_tokens": TOKENS,
+            "ignore_eos": true,
+            "temperature": 0,
+            "logprobs": 1,
+            "cache_salt": salt.as_str(),
+        })
+    }
+
+    async fn generate(&self, body: &Value) -> Result<Continuation, CheckError> {
+        let reply = self
+            .client
+            .complete(self.decode, body, self.plan.deadline)
+            .await
+            .map_err(CheckError::Decode)?;
+        Continuation::parse(&reply).map_err(CheckError::Reply)
+    }
+
+    async fn hits(&self) -> Result<f64, CheckError> {
+        let metrics = self.client.metrics(self.decode, self.plan.deadline).await;
+        Ok(external_hits(&metrics.map_err(CheckError::Decode)?))
+    }
+
+    async fn require_hits(&self, before: f64) -> Result<(), CheckError> {
+        let expected = f64::from(self.plan.block_size.saturating_mul(CHUNKS));
+        let until = Instant::now() + COUNTER_LIMIT;
+        loop {
+            let loaded = self.hits().await? - before;
+            if loaded >= expected {
+                return Ok(());
+            }
+            if Instant::now() >= until {
+                return Err(CheckError::NotLoaded { loaded, expected });
+            }
+            tokio::time::sleep(COUNTER_POLL).await;
+        }
+    }
+}
+
+fn set(body: &mut Value, key: &str, value: Value) {
+    if let Some(object) = body.as_object_mut() {
+        object.insert(key.to_owned(), value);
+    }
+}

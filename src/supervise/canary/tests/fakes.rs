@@ -1,0 +1,213 @@
+//! A prefill and a decode node of a few lines, to be examined over real sockets.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use crate::fleet::{FleetPublisher, NodeView};
+use crate::handoff::{HandoffFailure, HandoffOutcome};
+
+use super::super::*;
+
+const BLOCK: u32 = 32;
+const LIMIT: Duration = Duration::from_secs(20);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    None,
+    Logprob,
+    NothingLoaded,
+    Handoff(HandoffFailure),
+    /// The first prefill request is answered with 503.
+    OneBreak,
+}
+
+struct Node {
+    fault: Fault,
+    board: HandoffBoard,
+    hits: AtomicU32,
+    calls: AtomicU32,
+}
+
+async fn complete(
+    State(node): State<Arc<Node>>,
+    Json(body): Json<Value>,
+) -> Result<Json<Value>, StatusCode> {
+    let leg = body.pointer("/kv_transfer_params/pegaflow/leg");
+    let leg = leg.and_then(Value::as_str).unwrap_or("");
+    let prompt: Vec<u64> = serde_json::from_value(body["prompt"].clone()).unwrap();
+    assert_eq!(prompt.len(), 3 * 32 + 7);
+    assert!(body["cache_salt"].is_string());
+    let call = node.calls.fetch_add(1, Ordering::Relaxed);
+    if leg == "prefill" {
+        assert_eq!(body["max_tokens"], 1);
+        if node.fault == Fault::OneBreak && call == 0 {
+            return Err(StatusCode::SERVICE_UNAVAILABLE);
+        }
+        let id = body.pointer("/kv_transfer_params/pegaflow/handoff");
+        let outcome = match node.fault {
+            Fault::Handoff(failure) => HandoffOutcome::Failed(failure),
+            _ => HandoffOutcome::Ready {
+                chunks: 3,
+                already_stored: false,
+            },
+        };
+        node.board
+            .settle(&id.unwrap().as_str().unwrap().into(), outcome);
+    }
+    if leg == "decode" && node.fault != Fault::NothingLoaded {
+        node.hits.fetch_add(3 * BLOCK, Ordering::Relaxed);
+    }
+    let wrong = leg == "decode" && node.fault == Fault::Logprob;
+    let logprob = |id: &u64| -(*id as f64) / 1000.0 - if wrong { 1e-6 } else { 0.0 };
+    let ids = prompt.iter().take(16);
+    let tokens: Vec<_> = ids.clone().map(|id| format!("t{id}")).collect();
+    let logprobs: Vec<_> = ids.map(logprob).collect();
+    Ok(Json(json!({"choices": [{
+        "logprobs": {"tokens": tokens, "token_logprobs": logprobs}
+    }]})))
+}
+
+async fn metrics(State(node): State<Arc<Node>>) -> String {
+    let hits = node.hits.load(Ordering::Relaxed);
+    format!("vllm:external_prefix_cache_hits_total{{engine=\"0\"}} {hits}.0\n")
+}
+
+struct Pair {
+    fleet: FleetPublisher,
+    /// Servers, the canary, and a stand-in for the actors.
+    tasks: JoinSet<()>,
+}
+
+impl Pair {
+    /// `fault` is the decode node's, or the prefill node's where it is about the hand-off.
+    async fn examine(fault: Fault, prefill_trust: KvTrust) -> Self {
+        let board = HandoffBoard::default();
+        let mut tasks = JoinSet::new();
+        let mut views = Vec::new();
+        for (name, role) in [("p", Role::Prefill), ("d", Role::Decode)] {
+            let node = Arc::new(Node {
+                fault,
+                board: board.clone(),
+                hits: AtomicU32::new(0),
+                calls: AtomicU32::new(0),
+            });
+            let app = Router::new()
+                .route("/v1/completions", post(complete))
+                .route("/metrics", get(metrics))
+                .with_state(node);
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let mut view = NodeView::pending(name.into(), role, listener.local_addr().unwrap());
+            view.incarnation = 1;
+            view.phase = Phase::Verifying;
+            views.push(view);
+            tasks.spawn(async move { axum::serve(listener, app).await.unwrap() });
+        }
+        let fleet = FleetPublisher::new(views);
+        fleet.update(&"p".into(), |node| {
+            if prefill_trust == KvTrust::Proven {
+                node.phase = Phase::Ready;
+            }
+            node.trust = prefill_trust;
+        });
+        let mut verdicts = BTreeMap::new();
+        for id in ["p", "d"] {
+            let (sender, mut receiver) = mpsc::channel::<Verdict>(8);
+            verdicts.insert(id.into(), sender);
+            let fleet = fleet.clone();
+            tasks.spawn(async move {
+                while let Some(verdict) = receiver.recv().await {
+                    fleet.update(&id.into(), |node| match verdict.finding {
+                        Finding::Proven => {
+                            (node.phase, node.trust) = (Phase::Ready, KvTrust::Proven);
+                        }
+                        Finding::Unpaired => node.phase = Phase::Ready,
+                        Finding::Refused(why) => {
+                            (node.phase, node.trust) = (Phase::Failed, KvTrust::Refused(why));
+                        }
+                    });
+                }
+            });
+        }
+        let canary = Canary {
+            plan: CanaryPlan {
+                served_model: "m".into(),
+                block_size: BLOCK,
+                tolerance: 0.0,
+                deadline: LIMIT,
+                partner_grace: LIMIT,
+            },
+            client: NodeClient::new().unwrap(),
+            board,
+            watch: fleet.watch(),
+            verdicts,
+        };
+        tasks.spawn(canary.run());
+        Self { fleet, tasks }
+    }
+
+    /// Waits for both to leave `Verifying`; returns their trust, prefill first.
+    async fn trusts(mut self) -> (KvTrust, KvTrust) {
+        let mut watch = self.fleet.watch();
+        let settled =
+            watch.wait_for(|fleet| fleet.nodes().all(|node| node.phase != Phase::Verifying));
+        drop(
+            tokio::time::timeout(LIMIT, settled)
+                .await
+                .expect("no verdict"),
+        );
+        let snapshot = self.fleet.snapshot();
+        let trust = |id: &str| snapshot.node(&id.into()).unwrap().trust.clone();
+        self.tasks.shutdown().await;
+        (trust("p"), trust("d"))
+    }
+}
+
+#[tokio::test]
+async fn a_pair_that_agrees_is_proven() {
+    let pair = Pair::examine(Fault::None, KvTrust::Unproven).await;
+    assert_eq!(pair.trusts().await, (KvTrust::Proven, KvTrust::Proven));
+}
+
+#[tokio::test]
+async fn a_wrong_logprob_refuses_both() {
+    let pair = Pair::examine(Fault::Logprob, KvTrust::Unproven).await;
+    let trusts = pair.trusts().await;
+    assert!(matches!(trusts, (KvTrust::Refused(_), KvTrust::Refused(_))));
+}
+
+#[tokio::test]
+async fn only_the_unproven_one_is_blamed() {
+    let pair = Pair::examine(Fault::Logprob, KvTrust::Proven).await;
+    let trusts = pair.trusts().await;
+    assert!(matches!(trusts, (KvTrust::Proven, KvTrust::Refused(_))));
+}
+
+#[tokio::test]
+async fn a_decode_node_that_loads_nothing_is_refused() {
+    let pair = Pair::examine(Fault::NothingLoaded, KvTrust::Proven).await;
+    let trusts = pair.trusts().await;
+    assert!(matches!(trusts, (KvTrust::Proven, KvTrust::Refused(_))));
+}
+
+#[tokio::test]
+async fn a_hand_off_that_keeps_failing_refuses_and_a_store_that_is_off_does_not() {
+    let fault = Fault::Handoff(HandoffFailure::NoSpace);
+    let trusts = Pair::examine(fault, KvTrust::Unproven).await.trusts().await;
+    assert!(matches!(trusts, (KvTrust::Refused(_), KvTrust::Refused(_))));
+    let fault = Fault::Handoff(HandoffFailure::EngineDown);
+    let trusts = Pair::examine(fault, KvTrust::Unproven).await.trusts().await;
+    assert_eq!(trusts, (KvTrust::Unproven, KvTrust::Unproven));
+}
+
+#[tokio::test]
+async fn a_lost_connection_is_tried_again() {
+    let pair = Pair::examine(Fault::OneBreak, KvTrust::Unproven).await;
+    assert_eq!(pair.trusts().await, (KvTrust::Proven, KvTrust::Proven));
+}

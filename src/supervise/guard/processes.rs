@@ -1,0 +1,114 @@
+//! What `/proc` knows about processes and their parents.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+
+use nix::unistd::Pid;
+
+/// One line of `/proc/<pid>/stat`, as far as it matters here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Process {
+    pub pid: Pid,
+    pub parent: Pid,
+    pub session: Pid,
+    pub zombie: bool,
+}
+
+/// Every process that can be seen now.
+pub fn all() -> Vec<Process> {
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter_map(read)
+        .collect()
+}
+
+fn read(pid: i32) -> Option<Process> {
+    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    parse(pid, &String::from_utf8_lossy(&stat))
+}
+
+/// The name in parentheses may hold anything, parentheses included: fields count from the last.
+fn parse(pid: i32, stat: &str) -> Option<Process> {
+    let (_, fields) = stat.rsplit_once(") ")?;
+    let mut fields = fields.split_ascii_whitespace();
+    let state = fields.next()?;
+    let parent = fields.next()?.parse().ok()?;
+    let _group = fields.next()?;
+    let session = fields.next()?.parse().ok()?;
+    Some(Process {
+        pid: Pid::from_raw(pid),
+        parent: Pid::from_raw(parent),
+        session: Pid::from_raw(session),
+        zombie: matches!(state, "Z" | "X"),
+    })
+}
+
+/// Everything below `root`, without it.
+pub fn descendants(root: Pid) -> Vec<Pid> {
+    below(&all(), [root])
+}
+
+/// Everything below `roots` in `processes`, without them.
+pub fn below(processes: &[Process], roots: impl IntoIterator<Item = Pid>) -> Vec<Pid> {
+    let mut children: BTreeMap<Pid, Vec<Pid>> = BTreeMap::new();
+    for process in processes {
+        children
+            .entry(process.parent)
+            .or_default()
+            .push(process.pid);
+    }
+    let mut found = BTreeSet::new();
+    let mut open: Vec<Pid> = roots.into_iter().collect();
+    while let Some(parent) = open.pop() {
+        for child in children.get(&parent).into_iter().flatten() {
+            // A listing is no snapshot: a pid may be seen twice, under two parents.
+            if found.insert(*child) {
+                open.push(*child);
+            }
+        }
+    }
+    found.into_iter().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn process(pid: i32, parent: i32) -> Process {
+        Process {
+            pid: Pid::from_raw(pid),
+            parent: Pid::from_raw(parent),
+            session: Pid::from_raw(1),
+            zombie: false,
+        }
+    }
+
+    #[test]
+    fn a_name_with_parentheses_does_not_shift_the_fields() {
+        let parsed = parse(7, "7 (a) Z 9 (b)) S 3 4 5 0 -1").unwrap();
+        assert_eq!(parsed.parent, Pid::from_raw(3));
+        assert_eq!(parsed.session, Pid::from_raw(5));
+        assert!(!parsed.zombie);
+        assert!(parse(7, "7 (x) Z 1 1 1 0").unwrap().zombie);
+        assert_eq!(parse(7, "7 (x"), None);
+    }
+
+    #[test]
+    fn descendants_are_found_at_any_depth_and_loops_end() {
+        let list = [
+            process(2, 1),
+            process(3, 2),
+            process(4, 3),
+            process(5, 1),
+            process(6, 7),
+            process(7, 6),
+        ];
+        let found = below(&list, [Pid::from_raw(2)]);
+        assert_eq!(found, [Pid::from_raw(3), Pid::from_raw(4)]);
+        assert_eq!(below(&list, [Pid::from_raw(6)]).len(), 2);
+    }
+}

@@ -1,0 +1,133 @@
+//! The tree's shared memory files, which vLLM leaves behind even after a clean stop.
+//!
+//! Best is a `/dev/shm` of the tree's own, in a mount namespace that dies with it. Where the
+//! kernel refuses that, the guard notes what its living tree maps, because nobody can tell whose
+//! a file was once the tree is dead.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+use nix::unistd::{Pid, geteuid};
+
+use super::processes;
+
+const SHM: &str = "/dev/shm";
+
+#[derive(Debug)]
+pub enum Shm {
+    /// Goes away with the last process of the namespace.
+    Private,
+    Noted(Notes),
+}
+
+#[derive(Debug, Default)]
+pub struct Notes {
+    /// Inodes that were there before the tree was.
+    before: BTreeSet<u64>,
+    /// What the tree has mapped since.
+    owned: BTreeMap<PathBuf, u64>,
+}
+
+impl Shm {
+    pub fn prepare(private: bool) -> Self {
+        if private && isolate().is_ok() {
+            return Self::Private;
+        }
+        let before = fs::read_dir(SHM)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|entry| entry.metadata().ok())
+            .map(|metadata| metadata.ino())
+            .collect();
+        Self::Noted(Notes {
+            before,
+            owned: BTreeMap::new(),
+        })
+    }
+
+    /// [`Shm::note`] must be called now and then while the tree lives.
+    pub fn wants_notes(&self) -> bool {
+        matches!(self, Self::Noted(_))
+    }
+
+    pub fn note(&mut self, tree: &[Pid]) {
+        let Self::Noted(notes) = self else { return };
+        for (path, inode) in tree.iter().flat_map(|pid| mapped_by(*pid)) {
+            if !notes.before.contains(&inode) {
+                notes.owned.insert(path, inode);
+            }
+        }
+    }
+
+    /// Call when the tree is empty. Files that somebody else maps by now stay.
+    pub fn remove_owned(&mut self) {
+        let Self::Noted(notes) = self else { return };
+        if notes.owned.is_empty() {
+            return;
+        }
+        let in_use: BTreeSet<u64> = processes::all()
+            .iter()
+            .flat_map(|process| mapped_by(process.pid))
+            .map(|(_, inode)| inode)
+            .collect();
+        for (path, inode) in std::mem::take(&mut notes.owned) {
+            let ours = fs::symlink_metadata(&path).is_ok_and(|file| {
+                file.is_file() && file.ino() == inode && file.uid() == geteuid().as_raw()
+            });
+            if ours && !in_use.contains(&inode) {
+                let _ = fs::remove_file(&path);
+            }
+        }
+    }
+}
+
+fn isolate() -> Result<(), Errno> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    // Slave, not private: what the host unmounts must not stay busy in here.
+    let slave = MsFlags::MS_REC | MsFlags::MS_SLAVE;
+    mount(None::<&str>, "/", None::<&str>, slave, None::<&str>)?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    mount(Some("tmpfs"), SHM, Some("tmpfs"), flags, Some("mode=1777"))
+}
+
+fn mapped_by(pid: Pid) -> Vec<(PathBuf, u64)> {
+    let maps = fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
+    String::from_utf8_lossy(&maps)
+        .lines()
+        .filter_map(parse_mapping)
+        .collect()
+}
+
+/// `address perms offset dev inode   /dev/shm/name`
+fn parse_mapping(line: &str) -> Option<(PathBuf, u64)> {
+    let start = line.find("/dev/shm/")?;
+    let (fields, path) = line.split_at_checked(start)?;
+    if path.ends_with(" (deleted)") {
+        return None;
+    }
+    let inode = fields.split_ascii_whitespace().nth(4)?.parse().ok()?;
+    Some((Path::new(path).to_owned(), inode))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mappings_are_parsed_and_deleted_files_skipped() {
+        let line = "7f00-7f10 rw-s 00000000 00:1a 4711           /dev/shm/psm_1 x";
+        let parsed = parse_mapping(line).unwrap();
+        assert_eq!(parsed, (PathBuf::from("/dev/shm/psm_1 x"), 4711));
+        assert_eq!(parse_mapping(&format!("{line} (deleted)")), None);
+        assert_eq!(
+            parse_mapping("7f00-7f10 r--p 0 00:1a 12 /usr/lib/libc.so"),
+            None
+        );
+    }
+}

@@ -1,0 +1,383 @@
+//! One node's actor: the hands of the machine in `state.rs`.
+//!
+//! It waits for whatever comes first (shutdown, the guard's report, a verdict of the canary, the
+//! end of an HTTP call, the clock), lets the machine decide, publishes, and then acts. It never
+//! waits for anything slow itself: HTTP calls and the burial of a dead incarnation are tasks.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use crate::fleet::{FleetPublisher, KvTrust, NodeId, Phase};
+use crate::plan::{NodePlan, SupervisorPlan};
+use crate::shutdown::Shutdown;
+
+use super::child::{Incarnation, SpawnSpec, Status, log_path, port_is_free};
+use super::logs::{LogSink, LogTarget};
+use super::obituary::{self, Exit};
+use super::probe::NodeClient;
+use super::state::{Action, Event, Machine, PortState};
+use super::sweep;
+
+const SWEEP_LIMIT: Duration = Duration::from_secs(10);
+/// The machine has its own, shorter idea of how long a warm-up may take.
+const WARM_UP_CALL: Duration = Duration::from_secs(600);
+
+/// What all actors share.
+pub struct Shared {
+    pub plan: SupervisorPlan,
+    pub client: NodeClient,
+    pub served_model: String,
+    pub fleet: FleetPublisher,
+    pub log_dir: PathBuf,
+    pub run_dir: PathBuf,
+    pub guard_program: PathBuf,
+    pub console: Arc<dyn LogSink>,
+}
+
+/// What the canary found, for the incarnation it looked at.
+#[derive(Debug, Clone)]
+pub struct Verdict {
+    pub incarnation: u64,
+    pub finding: Finding,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Finding {
+    Proven,
+    Unpaired,
+    Refused(String),
+}
+
+/// How the actor ended.
+#[derive(Debug)]
+pub enum Ended {
+    Clean,
+    LeftBehind(NodeId),
+}
+
+/// What readers of the fleet are told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Published {
+    phase: Phase,
+    trust: KvTrust,
+    incarnation: u64,
+    reaped: u64,
+    pid: Option<u32>,
+    restarts: u32,
+    reason: Option<String>,
+}
+
+pub struct NodeActor {
+    shared: Arc<Shared>,
+    plan: NodePlan,
+    verdicts: mpsc::Receiver<Verdict>,
+    machine: Machine,
+    life: Option<Incarnation>,
+    exit: Option<Exit>,
+    incarnation: u64,
+    reaped: u64,
+    pid: Option<u32>,
+    log_bytes: u64,
+    /// HTTP calls to the incarnation; aborted with it.
+    calls: JoinSet<Event>,
+    /// Ends with the last lines of the log, once no process is left.
+    burial: JoinSet<Vec<String>>,
+    queue: VecDeque<Event>,
+    published: Option<Published>,
+}
+
+impl NodeActor {
+    pub fn new(shared: Arc<Shared>, plan: NodePlan, verdicts: mpsc::Receiver<Verdict>) -> Self {
+        let machine = Machine::new(shared.plan.clone(), plan.role, Instant::now());
+        Self {
+            shared,
+            plan,
+            verdicts,
+            machine,
+            life: None,
+            exit: None,
+            incarnation: 0,
+            reaped: 0,
+            pid: None,
+            log_bytes: 0,
+            calls: JoinSet::new(),
+            burial: JoinSet::new(),
+            queue: VecDeque::new(),
+            published: None,
+        }
+    }
+
+    /// Runs until the shutdown has ended the node for good.
+    pub async fn run(mut self, shutdown: Shutdown) -> Ended {
+        let mut stop = StopSignals::new(shutdown);
+        while !self.machine.is_stopped() {
+            let event = match self.queue.pop_front() {
+                Some(event) => event,
+                None => self.wait(&mut stop).await,
+            };
+            let actions = self.machine.step(event, Instant::now());
+            if actions.contains(&Action::Spawn) {
+                self.incarnation += 1;
+            }
+            self.publish();
+            for action in actions {
+                self.act(action).await;
+            }
+        }
+        self.calls.shutdown().await;
+        if self.reaped == self.incarnation {
+            return Ended::Clean;
+        }
+        Ended::LeftBehind(self.plan.id)
+    }
+
+    async fn wait(&mut self, stop: &mut StopSignals) -> Event {
+        loop {
+            let event = tokio::select! {
+                biased;
+                event = stop.next() => Some(event),
+                status = next_status(&mut self.life) => self.reported(status),
+                Some(verdict) = self.verdicts.recv() => self.judged(verdict),
+                Some(call) = self.calls.join_next() => call.ok(),
+                Some(tail) = self.burial.join_next() => Some(self.buried(tail.unwrap_or_default())),
+                () = sleep_until(self.machine.deadline()) => Some(self.clock()),
+            };
+            match event {
+                Some(event) => return event,
+                None => self.publish(),
+            }
+        }
+    }
+
+    fn reported(&mut self, status: Status) -> Option<Event> {
+        match status {
+            Status::Spawned(pid) => {
+                self.pid = Some(pid);
+                None
+            }
+            Status::SpawnFailed(why) => {
+                let program = self.plan.argv.first().map_or("", String::as_str);
+                Some(Event::SpawnFailed(format!("cannot run {program}: {why}")))
+            }
+            Status::Exited(exit) => Some(self.exited(exit)),
+            Status::Empty => {
+                if let Some(life) = self.life.take() {
+                    self.burial.spawn(life.finish());
+                }
+                None
+            }
+            Status::Lost => {
+                if let Some(mut life) = self.life.take() {
+                    life.kill_guard();
+                    let node = self.plan.id.clone();
+                    self.burial.spawn(async move {
+                        let tail = life.finish().await;
+                        while !sweep::sweep(SWEEP_LIMIT).await {
+                            tracing::error!("node {node}: processes survive being killed");
+                        }
+                        tail
+                    });
+                }
+                (self.exit.is_none()).then(|| self.exited(Exit::GuardLost))
+            }
+        }
+    }
+
+    fn exited(&mut self, exit: Exit) -> Event {
+        self.exit = Some(exit);
+        self.pid = None;
+        self.calls.abort_all();
+        Event::Exited(exit.describe())
+    }
+
+    fn buried(&mut self, tail: Vec<String>) -> Event {
+        self.calls.abort_all();
+        self.pid = None;
+        self.reaped = self.incarnation;
+        let obituary = self.exit.take().map(|exit| obituary::write(exit, &tail));
+        Event::Reaped(obituary)
+    }
+
+    fn judged(&mut self, verdict: Verdict) -> Option<Event> {
+        if verdict.incarnation != self.incarnation {
+            return None;
+        }
+        Some(match verdict.finding {
+            Finding::Proven => Event::Proven,
+            Finding::Unpaired => Event::Unpaired,
+            Finding::Refused(why) => Event::Refused(why),
+        })
+    }
+
+    fn clock(&mut self) -> Event {
+        let bytes = self.life.as_ref().map_or(0, Incarnation::log_bytes);
+        if bytes <= self.log_bytes {
+            return Event::Tick;
+        }
+        self.log_bytes = bytes;
+        self.queue.push_back(Event::Tick);
+        Event::LogGrew
+    }
+
+    async fn act(&mut self, action: Action) {
+        let addr = self.plan.addr;
+        match action {
+            Action::CheckPort => {
+                let port = match port_is_free(addr) {
+                    true => PortState::Free,
+                    false => PortState::Taken,
+                };
+                self.queue.push_back(Event::Port(port));
+            }
+            Action::Spawn => self.spawn(),
+            Action::Probe => {
+                let client = self.shared.client.clone();
+                self.calls
+                    .spawn(async move { Event::Probe(client.health(addr).await) });
+            }
+            Action::WarmUp => {
+                let shared = self.shared.clone();
+                self.calls.spawn(async move {
+                    let model = &shared.served_model;
+                    Event::Warm(shared.client.warm_up(addr, model, WARM_UP_CALL).await)
+                });
+            }
+            Action::Stop(grace) => {
+                self.calls.abort_all();
+                if let Some(life) = &self.life {
+                    life.stop(grace).await;
+                }
+            }
+            Action::Kill => {
+                self.calls.abort_all();
+                if let Some(life) = &self.life {
+                    life.kill().await;
+                }
+            }
+            Action::KillGuard => {
+                if let Some(life) = &mut self.life {
+                    life.kill_guard();
+                }
+            }
+        }
+    }
+
+    fn spawn(&mut self) {
+        self.calls.abort_all();
+        self.calls = JoinSet::new();
+        self.exit = None;
+        self.log_bytes = 0;
+        let mut env = self.plan.env.clone();
+        env.insert("PEGAFLOW_NODE".into(), self.plan.id.to_string());
+        env.insert("PEGAFLOW_INCARNATION".into(), self.incarnation.to_string());
+        let spec = SpawnSpec {
+            guard_program: &self.shared.guard_program,
+            run_dir: &self.shared.run_dir,
+            argv: &self.plan.argv,
+            env,
+            log: LogTarget {
+                node: self.plan.id.clone(),
+                path: log_path(&self.shared.log_dir, &self.plan.id),
+                max_bytes: self.shared.plan.log_bytes,
+                console: self.shared.console.clone(),
+            },
+        };
+        match Incarnation::spawn(spec) {
+            Ok(life) => self.life = Some(life),
+            Err(error) => {
+                let program = self.shared.guard_program.display();
+                let why = format!("cannot start the guard {program}: {error}");
+                self.reaped = self.incarnation;
+                self.queue.push_back(Event::Exited(why));
+                self.queue.push_back(Event::Reaped(None));
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        let next = Published {
+            phase: self.machine.phase(),
+            trust: self.machine.trust().clone(),
+            incarnation: self.incarnation,
+            reaped: self.reaped,
+            pid: self.pid,
+            restarts: self.machine.restarts(),
+            reason: self.machine.reason().map(str::to_owned),
+        };
+        if self.published.as_ref() == Some(&next) {
+            return;
+        }
+        let before = self.published.as_ref().map(|it| it.phase.label());
+        if before != Some(next.phase.label()) {
+            let reason = next.reason.as_deref().unwrap_or("");
+            tracing::info!(node = %self.plan.id, phase = next.phase.label(), reason);
+        }
+        self.published = Some(next.clone());
+        self.shared.fleet.update(&self.plan.id, |node| {
+            node.phase = next.phase;
+            node.trust = next.trust;
+            node.incarnation = next.incarnation;
+            node.reaped = next.reaped;
+            node.pid = next.pid;
+            node.restarts = next.restarts;
+            node.reason = next.reason;
+        });
+    }
+}
+
+/// Each stage of the shutdown, once.
+struct StopSignals {
+    shutdown: Shutdown,
+    seen: Seen,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    Nothing,
+    Stop,
+    Force,
+}
+
+impl StopSignals {
+    fn new(shutdown: Shutdown) -> Self {
+        Self {
+            shutdown,
+            seen: Seen::Nothing,
+        }
+    }
+
+    async fn next(&mut self) -> Event {
+        match self.seen {
+            Seen::Nothing => {
+                self.shutdown.graceful().cancelled().await;
+                self.seen = Seen::Stop;
+                Event::Stop
+            }
+            Seen::Stop => {
+                self.shutdown.forced().cancelled().await;
+                self.seen = Seen::Force;
+                Event::Force
+            }
+            Seen::Force => std::future::pending().await,
+        }
+    }
+}
+
+async fn next_status(life: &mut Option<Incarnation>) -> Status {
+    match life {
+        Some(life) => life.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until(deadline: Option<Instant>) {
+    match deadline {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}

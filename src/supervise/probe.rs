@@ -1,0 +1,123 @@
+//! HTTP to one node, each call under a deadline and with a bounded reply.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use http::StatusCode;
+use reqwest::redirect::Policy;
+use serde_json::{Value, json};
+
+use super::state::{Probe, Warmth};
+
+const CONNECT: Duration = Duration::from_secs(1);
+const HEALTH: Duration = Duration::from_secs(1);
+const MAX_REPLY: usize = 16 << 20;
+/// Bytes of an error reply that are worth quoting.
+const QUOTE: usize = 300;
+
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    #[error("no answer within {0:?}")]
+    Timeout(Duration),
+    #[error("no connection, or it broke")]
+    Transport(#[source] reqwest::Error),
+    #[error("HTTP {status}: {body}")]
+    Status { status: StatusCode, body: String },
+    #[error("the reply is longer than {MAX_REPLY} bytes")]
+    TooLong,
+    #[error("the reply is not JSON")]
+    Json(#[source] serde_json::Error),
+}
+
+impl CallError {
+    /// The node may just be dying; its supervisor will see.
+    pub fn is_transport(&self) -> bool {
+        matches!(self, Self::Transport(_))
+            || matches!(self, Self::Status { status, .. } if *status == StatusCode::SERVICE_UNAVAILABLE)
+    }
+}
+
+/// Talks to the nodes. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct NodeClient {
+    http: reqwest::Client,
+}
+
+impl NodeClient {
+    pub fn new() -> reqwest::Result<Self> {
+        let http = reqwest::Client::builder()
+            // The user's proxy knows nothing about our loopback.
+            .no_proxy()
+            .redirect(Policy::none())
+            .connect_timeout(CONNECT)
+            .pool_max_idle_per_host(2)
+            .build()?;
+        Ok(Self { http })
+    }
+
+    pub async fn health(&self, addr: SocketAddr) -> Probe {
+        let request = self.http.get(format!("http://{addr}/health"));
+        match tokio::time::timeout(HEALTH, request.send()).await {
+            Ok(Ok(reply)) if reply.status().is_success() => Probe::Healthy,
+            Ok(Ok(reply)) if reply.status() == StatusCode::SERVICE_UNAVAILABLE => Probe::EngineDead,
+            _ => Probe::Miss,
+        }
+    }
+
+    /// One token: kernels compile, memory is touched.
+    pub async fn warm_up(&self, addr: SocketAddr, model: &str, limit: Duration) -> Warmth {
+        let body = json!({
+            "model": model,
+            "prompt": (20..28).collect::<Vec<u32>>(),
+            "max_tokens": 1,
+            "temperature": 0,
+        });
+        match self.complete(addr, &body, limit).await {
+            Ok(_) => Warmth::Warm,
+            Err(error) => Warmth::Failed(error.to_string()),
+        }
+    }
+
+    pub async fn complete(
+        &self,
+        addr: SocketAddr,
+        body: &Value,
+        limit: Duration,
+    ) -> Result<Value, CallError> {
+        let request = self
+            .http
+            .post(format!("http://{addr}/v1/completions"))
+            .header(http::header::CONTENT_TYPE, "application/json")
+            .body(body.to_string());
+        let reply = call(request, limit).await?;
+        serde_json::from_slice(&reply).map_err(CallError::Json)
+    }
+
+    pub async fn metrics(&self, addr: SocketAddr, limit: Duration) -> Result<String, CallError> {
+        let request = self.http.get(format!("http://{addr}/metrics"));
+        let reply = call(request, limit).await?;
+        Ok(String::from_utf8_lossy(&reply).into_owned())
+    }
+}
+
+async fn call(request: reqwest::RequestBuilder, limit: Duration) -> Result<Vec<u8>, CallError> {
+    let calling = async {
+        let mut reply = request.send().await.map_err(CallError::Transport)?;
+        let mut body = Vec::new();
+        while let Some(piece) = reply.chunk().await.map_err(CallError::Transport)? {
+            body.extend_from_slice(&piece);
+            if body.len() > MAX_REPLY {
+                return Err(CallError::TooLong);
+            }
+        }
+        let status = reply.status();
+        if status.is_success() {
+            return Ok(body);
+        }
+        let body = String::from_utf8_lossy(&body).chars().take(QUOTE).collect();
+        Err(CallError::Status { status, body })
+    };
+    tokio::time::timeout(limit, calling)
+        .await
+        .unwrap_or(Err(CallError::Timeout(limit)))
+}

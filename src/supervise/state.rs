@@ -1,0 +1,554 @@
+//! What happens to a node next: a pure machine, fed with events and a clock.
+//!
+//! ```text
+//!            port taken for too long ──────────────┐
+//! Waiting ─▶ Port ── free: Spawn ─▶ Starting ─▶ WarmingUp ─▶ Verifying ─▶ Ready ◀─▶ Unreachable
+//!    ▲                                 │            │      (kv nodes) │     │             │
+//!    │                                 └────────────┴── death ────────┴─────┴─────────────┘
+//!    │                                                    ▼
+//!    └────────────── reaped, restart ◀───────────────── Ending ── reaped, no restart ──▶ Over
+//! ```
+//!
+//! A death is decided on when it is seen (exit, 503, silence, a deadline, refused by the canary):
+//! the node leaves `Ready` in that step. Its tree is another matter: until `Reaped`, nothing is
+//! spawned. `Ending` escalates by itself: stop, kill, and at last killing the guard.
+//! A person's stop wins over everything and ends in `Over(Stopped)`.
+
+use std::time::{Duration, Instant};
+
+use crate::fleet::{KvTrust, Phase, Role};
+use crate::plan::SupervisorPlan;
+
+use super::backoff::{Deaths, Verdict};
+
+mod event;
+pub use event::{Action, Event, Mendable, Obituary, PortState, Probe, Warmth};
+
+/// How long a port may stay taken before that counts as a death.
+const PORT_PATIENCE: Duration = Duration::from_secs(10);
+const PORT_RETRY: Duration = Duration::from_millis(200);
+/// The first request compiles kernels.
+const WARM_UP_LIMIT: Duration = Duration::from_secs(300);
+const WARM_UP_RETRY: Duration = Duration::from_secs(1);
+/// Log growth may extend the start up to this many times `start_timeout`.
+const START_EXTENSIONS: u32 = 4;
+/// From one step of escalation to the next.
+const KILL_PATIENCE: Duration = Duration::from_secs(10);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Waiting { until: Instant },
+    Port { by: Instant, next: Instant },
+    Starting { since: Instant, by: Instant },
+    WarmingUp { by: Instant, next: Next },
+    Verifying,
+    Ready { since: Instant },
+    Unreachable { since: Instant },
+    Ending { then: Then, by: Instant },
+    Over(End),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Next {
+    At(Instant),
+    InFlight,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Then {
+    Restart { at: Instant, delay: Duration },
+    End(End),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    CrashLoop,
+    Failed,
+    Stopped,
+}
+
+/// How far the teardown has escalated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Force {
+    None,
+    Stop,
+    Kill,
+    KillGuard,
+}
+
+/// One node's life. See the module.
+#[derive(Debug)]
+pub struct Machine {
+    plan: SupervisorPlan,
+    role: Role,
+    state: State,
+    deaths: Deaths,
+    delay: Option<Duration>,
+    probe: Next,
+    heard: Instant,
+    force: Force,
+    restarts: u32,
+    spawned: bool,
+    trust: KvTrust,
+    reason: Option<String>,
+    /// Why the warm-up goes on.
+    trouble: Option<String>,
+}
+
+impl Machine {
+    pub fn new(plan: SupervisorPlan, role: Role, now: Instant) -> Self {
+        let seed = rand::random();
+        Self {
+            deaths: Deaths::new(&plan, seed),
+            plan,
+            role,
+            state: State::Waiting { until: now },
+            delay: None,
+            probe: Next::At(now),
+            heard: now,
+            force: Force::None,
+            restarts: 0,
+            spawned: false,
+            trust: fresh_trust(role),
+            reason: None,
+            trouble: None,
+        }
+    }
+
+    pub fn phase(&self) -> Phase {
+        match self.state {
+            State::Waiting { .. } | State::Port { .. } => match self.delay {
+                Some(delay) => Phase::Backoff { delay },
+                None => Phase::Pending,
+            },
+            State::Starting { .. } => Phase::Starting,
+            State::WarmingUp { .. } => Phase::WarmingUp,
+            State::Verifying => Phase::Verifying,
+            State::Ready { .. } => Phase::Ready,
+            State::Unreachable { .. } => Phase::Unreachable,
+            State::Ending { then, .. } => match then {
+                Then::Restart { delay, .. } => Phase::Backoff { delay },
+                Then::End(End::Stopped) => Phase::Stopping,
+                Then::End(end) => end.phase(),
+            },
+            State::Over(end) => end.phase(),
+        }
+    }
+
+    pub fn trust(&self) -> &KvTrust {
+        &self.trust
+    }
+
+    pub fn reason(&self) -> Option<&str> {
+        self.trouble.as_deref().or(self.reason.as_deref())
+    }
+
+    pub fn restarts(&self) -> u32 {
+        self.restarts
+    }
+
+    /// Nothing will ever happen again.
+    pub fn is_stopped(&self) -> bool {
+        self.state == State::Over(End::Stopped)
+    }
+
+    /// When to send the next [`Event::Tick`].
+    pub fn deadline(&self) -> Option<Instant> {
+        let own = match self.state {
+            State::Waiting { until } => Some(until),
+            State::Port { by, next } => Some(by.min(next)),
+            State::Starting { by, .. } | State::Ending { by, .. } => Some(by),
+            State::WarmingUp { by, next } => Some(match next {
+                Next::At(at) => by.min(at),
+                Next::InFlight => by,
+            }),
+            State::Verifying | State::Ready { .. } | State::Unreachable { .. } => {
+                Some(self.heard + self.plan.hang_timeout)
+            }
+            State::Over(_) => None,
+        };
+        match self.probe {
+            Next::At(at) if self.is_alive() => Some(own.map_or(at, |own| own.min(at))),
+            _ => own,
+        }
+    }
+
+    pub fn step(&mut self, event: Event, now: Instant) -> Vec<Action> {
+        match event {
+            Event::Stop => self.stop(now),
+            Event::Force => self.force_stop(now),
+            Event::Tick => self.tick(now),
+            Event::Port(state) => self.port(state, now),
+            Event::SpawnFailed(why) => self.spawn_failed(why, now),
+            Event::LogGrew => {
+                self.log_grew(now);
+                vec![]
+            }
+            Event::Probe(probe) => self.probed(probe, now),
+            Event::Warm(warmth) => self.warmed(warmth, now),
+            Event::Proven => self.proven(now),
+            Event::Unpaired => {
+                if self.state == State::Verifying {
+                    self.state = State::Ready { since: now };
+                }
+                vec![]
+            }
+            Event::Refused(why) => self.refused(why, now),
+            Event::Exited(why) => {
+                if self.is_alive() {
+                    self.die(why, now);
+                }
+                vec![]
+            }
+            Event::Reaped(obituary) => {
+                self.reaped(obituary, now);
+                vec![]
+            }
+        }
+    }
+
+    /// A leader was asked for and is not known to be gone.
+    fn is_alive(&self) -> bool {
+        matches!(
+            self.state,
+            State::Starting { .. }
+                | State::WarmingUp { .. }
+                | State::Verifying
+                | State::Ready { .. }
+                | State::Unreachable { .. }
+        )
+    }
+
+    fn tick(&mut self, now: Instant) -> Vec<Action> {
+        match self.state {
+            State::Waiting { until } if now >= until => {
+                self.state = State::Port {
+                    by: now + PORT_PATIENCE,
+                    next: now + PORT_RETRY,
+                };
+                return vec![Action::CheckPort];
+            }
+            State::Port { next, by } if now >= next.min(by) => {
+                self.state = State::Port {
+                    by,
+                    next: now + PORT_RETRY,
+                };
+                return vec![Action::CheckPort];
+            }
+            State::Starting { by, since } if now >= by => {
+                let waited = humantime::format_duration(whole_seconds(now - since));
+                return self.kill(format!("not ready after {waited}"), now);
+            }
+            State::WarmingUp { by, .. } if now >= by => {
+                let limit = humantime::format_duration(WARM_UP_LIMIT);
+                let slow = || format!("the warm-up request did not end within {limit}");
+                let why = self.trouble.take().unwrap_or_else(slow);
+                return self.kill(why, now);
+            }
+            State::Verifying | State::Ready { .. } | State::Unreachable { .. }
+                if now >= self.heard + self.plan.hang_timeout =>
+            {
+                let limit = humantime::format_duration(self.plan.hang_timeout);
+                return self.kill(format!("no answer to /health for {limit}"), now);
+            }
+            State::Ending { then, by } if now >= by => return self.escalate(then, now),
+            _ => {}
+        }
+        let mut actions = vec![];
+        if let State::WarmingUp {
+            by,
+            next: Next::At(at),
+        } = self.state
+            && now >= at
+        {
+            self.state = State::WarmingUp {
+                by,
+                next: Next::InFlight,
+            };
+            actions.push(Action::WarmUp);
+        }
+        if let Next::At(at) = self.probe
+            && now >= at
+            && self.is_alive()
+        {
+            self.probe = Next::InFlight;
+            actions.push(Action::Probe);
+        }
+        actions
+    }
+
+    fn port(&mut self, port: PortState, now: Instant) -> Vec<Action> {
+        let State::Port { by, .. } = self.state else {
+            return vec![];
+        };
+        if port == PortState::Free {
+            if self.spawned {
+                self.restarts = self.restarts.saturating_add(1);
+            }
+            self.spawned = true;
+            self.trust = fresh_trust(self.role);
+            self.force = Force::None;
+            self.heard = now;
+            self.probe = Next::At(now + self.plan.health_interval);
+            self.state = State::Starting {
+                since: now,
+                by: now + self.plan.start_timeout,
+            };
+            return vec![Action::Spawn];
+        }
+        if now >= by {
+            let why = "another process holds the node's port; stop it or choose another port";
+            self.die(why.to_owned(), now);
+            self.reaped(None, now);
+        }
+        vec![]
+    }
+
+    fn spawn_failed(&mut self, why: String, now: Instant) -> Vec<Action> {
+        if self.is_alive() {
+            self.reason = Some(why);
+            self.end(Then::End(End::Failed), now);
+        }
+        vec![]
+    }
+
+    fn log_grew(&mut self, now: Instant) {
+        if let State::Starting { since, by } = self.state {
+            let limit = since + self.plan.start_timeout.saturating_mul(START_EXTENSIONS);
+            let wanted = now + self.plan.start_timeout / 4;
+            self.state = State::Starting {
+                since,
+                by: by.max(wanted.min(limit)),
+            };
+        }
+    }
+
+    fn probed(&mut self, probe: Probe, now: Instant) -> Vec<Action> {
+        if !self.is_alive() {
+            return vec![];
+        }
+        self.probe = Next::At(now + self.plan.health_interval);
+        match (probe, self.state) {
+            (Probe::Healthy, state) => {
+                self.heard = now;
+                match state {
+                    State::Starting { .. } => {
+                        self.state = State::WarmingUp {
+                            by: now + WARM_UP_LIMIT,
+                            next: Next::InFlight,
+                        };
+                        return vec![Action::WarmUp];
+                    }
+                    State::Unreachable { since } => self.state = State::Ready { since },
+                    _ => {}
+                }
+            }
+            // A server that is still loading may say 503; its deadline and its exit are watched.
+            (_, State::Starting { .. }) => {}
+            (Probe::EngineDead, _) => {
+                return self.kill("/health says 503: its engine is dead".to_owned(), now);
+            }
+            (Probe::Miss, State::Ready { since }) => self.state = State::Unreachable { since },
+            (Probe::Miss, _) => {}
+        }
+        vec![]
+    }
+
+    fn warmed(&mut self, warmth: Warmth, now: Instant) -> Vec<Action> {
+        let State::WarmingUp { by, .. } = self.state else {
+            return vec![];
+        };
+        match warmth {
+            Warmth::Failed(why) => {
+                self.trouble = Some(format!("the warm-up request failed: {why}"));
+                self.state = State::WarmingUp {
+                    by,
+                    next: Next::At(now + WARM_UP_RETRY),
+                };
+            }
+            Warmth::Warm => {
+                self.trouble = None;
+                self.heard = now;
+                self.state = match self.role {
+                    Role::Unified => State::Ready { since: now },
+                    Role::Prefill | Role::Decode => State::Verifying,
+                };
+            }
+        }
+        vec![]
+    }
+
+    fn proven(&mut self, now: Instant) -> Vec<Action> {
+        match self.state {
+            State::Verifying => {
+                self.state = State::Ready { since: now };
+                self.trust = KvTrust::Proven;
+            }
+            State::Ready { .. } | State::Unreachable { .. } => self.trust = KvTrust::Proven,
+            _ => {}
+        }
+        vec![]
+    }
+
+    fn refused(&mut self, why: String, now: Instant) -> Vec<Action> {
+        let compared = matches!(
+            self.state,
+            State::Verifying | State::Ready { .. } | State::Unreachable { .. }
+        );
+        if !compared {
+            return vec![];
+        }
+        self.trust = KvTrust::Refused(why.clone());
+        self.reason = Some(why);
+        self.end(Then::End(End::Failed), now);
+        self.force_to(Force::Stop, now)
+    }
+
+    /// A death that we bring about.
+    fn kill(&mut self, why: String, now: Instant) -> Vec<Action> {
+        self.die(why, now);
+        self.force_to(Force::Kill, now)
+    }
+
+    fn die(&mut self, why: String, now: Instant) {
+        let ready = match self.state {
+            State::Ready { since } | State::Unreachable { since } => Some(since),
+            _ => None,
+        };
+        self.trouble = None;
+        self.reason = Some(why);
+        let then = match self.deaths.record(now, ready) {
+            Verdict::CrashLoop => Then::End(End::CrashLoop),
+            Verdict::Restart(delay) => Then::Restart {
+                at: now + delay,
+                delay,
+            },
+        };
+        self.end(then, now);
+    }
+
+    fn end(&mut self, then: Then, now: Instant) {
+        if !matches!(self.trust, KvTrust::Refused(_)) {
+            self.trust = fresh_trust(self.role);
+        }
+        // After an exit the guard kills the rest by itself.
+        self.state = State::Ending {
+            then,
+            by: now + KILL_PATIENCE,
+        };
+    }
+
+    fn force_to(&mut self, force: Force, now: Instant) -> Vec<Action> {
+        let State::Ending { then, .. } = self.state else {
+            return vec![];
+        };
+        if force <= self.force {
+            return vec![];
+        }
+        self.force = force;
+        let (action, patience) = match force {
+            Force::None => return vec![],
+            Force::Stop => {
+                let grace = self.plan.stop_grace;
+                (Action::Stop(grace), grace + KILL_PATIENCE)
+            }
+            Force::Kill => (Action::Kill, KILL_PATIENCE),
+            Force::KillGuard => (Action::KillGuard, KILL_PATIENCE),
+        };
+        self.state = State::Ending {
+            then,
+            by: now + patience,
+        };
+        vec![action]
+    }
+
+    fn escalate(&mut self, then: Then, now: Instant) -> Vec<Action> {
+        match (self.force, then) {
+            (Force::None | Force::Stop, _) => self.force_to(Force::Kill, now),
+            (Force::Kill, _) => self.force_to(Force::KillGuard, now),
+            (Force::KillGuard, Then::End(End::Stopped)) => {
+                self.reason = Some("some of its processes could not be killed".to_owned());
+                self.state = State::Over(End::Stopped);
+                vec![]
+            }
+            // Memory that a dead node still holds is not ours to hand out again: wait on.
+            (Force::KillGuard, then) => {
+                self.reason = Some("waits for processes that cannot be killed".to_owned());
+                self.state = State::Ending {
+                    then,
+                    by: now + KILL_PATIENCE,
+                };
+                vec![]
+            }
+        }
+    }
+
+    fn reaped(&mut self, obituary: Option<Obituary>, now: Instant) {
+        let State::Ending { then, .. } = self.state else {
+            return;
+        };
+        let never = matches!(&obituary, Some(it) if it.mendable == Mendable::Never);
+        if let (Some(obituary), Then::Restart { .. } | Then::End(End::CrashLoop)) = (obituary, then)
+            && self.force == Force::None
+        {
+            self.reason = Some(obituary.text);
+        }
+        self.state = match then {
+            Then::Restart { .. } if never && self.force == Force::None => State::Over(End::Failed),
+            Then::Restart { at, delay } => {
+                self.delay = Some(delay);
+                State::Waiting { until: at.max(now) }
+            }
+            Then::End(end) => State::Over(end),
+        };
+    }
+
+    fn stop(&mut self, now: Instant) -> Vec<Action> {
+        match self.state {
+            State::Waiting { .. } | State::Port { .. } | State::Over(_) => {
+                self.state = State::Over(End::Stopped);
+                vec![]
+            }
+            State::Ending { by, .. } => {
+                let then = Then::End(End::Stopped);
+                self.state = State::Ending { then, by };
+                vec![]
+            }
+            _ => {
+                self.end(Then::End(End::Stopped), now);
+                self.force_to(Force::Stop, now)
+            }
+        }
+    }
+
+    fn force_stop(&mut self, now: Instant) -> Vec<Action> {
+        let mut actions = self.stop(now);
+        actions.extend(self.force_to(Force::Kill, now));
+        actions.retain(|action| !matches!(action, Action::Stop(_)));
+        actions
+    }
+}
+
+impl End {
+    fn phase(self) -> Phase {
+        match self {
+            Self::CrashLoop => Phase::CrashLoop,
+            Self::Failed => Phase::Failed,
+            Self::Stopped => Phase::Stopped,
+        }
+    }
+}
+
+fn fresh_trust(role: Role) -> KvTrust {
+    match role {
+        Role::Unified => KvTrust::None,
+        Role::Prefill | Role::Decode => KvTrust::Unproven,
+    }
+}
+
+fn whole_seconds(duration: Duration) -> Duration {
+    Duration::from_secs(duration.as_secs())
+}
+
+#[cfg(test)]
+mod tests;

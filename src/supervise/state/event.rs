@@ -1,0 +1,74 @@
+//! What goes into the machine, and what comes out.
+
+use std::time::Duration;
+
+/// What the actor tells the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// The moment of `Machine::deadline` has come.
+    Tick,
+    Port(PortState),
+    /// The guard could not be started, or could not execute the leader.
+    SpawnFailed(String),
+    LogGrew,
+    Probe(Probe),
+    Warm(Warmth),
+    Proven,
+    /// There is nobody to run the canary with.
+    Unpaired,
+    Refused(String),
+    /// The leader is gone, or the guard.
+    Exited(String),
+    /// Every process of the incarnation is gone.
+    Reaped(Option<Obituary>),
+    Stop,
+    Force,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PortState {
+    Free,
+    Taken,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Probe {
+    Healthy,
+    Miss,
+    /// HTTP 503: the API server lives, the engine behind it does not.
+    EngineDead,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Warmth {
+    Warm,
+    Failed(String),
+}
+
+/// What the log said at the end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Obituary {
+    pub text: String,
+    pub mendable: Mendable,
+}
+
+/// Whether a restart can help.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mendable {
+    Perhaps,
+    Never,
+}
+
+/// What the machine asks of the actor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    CheckPort,
+    Spawn,
+    Probe,
+    WarmUp,
+    /// TERM the leader, and KILL everything after this.
+    Stop(Duration),
+    Kill,
+    /// The guard does not do its work.
+    KillGuard,
+}

@@ -1,0 +1,258 @@
+use proptest::prelude::*;
+
+use super::super::testing::plan;
+use super::*;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+fn machine(role: Role) -> (Machine, Instant) {
+    let now = Instant::now();
+    (Machine::new(plan(), role, now), now)
+}
+
+fn start(machine: &mut Machine, now: Instant) {
+    assert_eq!(machine.step(Event::Tick, now), [Action::CheckPort]);
+    let actions = machine.step(Event::Port(PortState::Free), now);
+    assert_eq!(actions, [Action::Spawn]);
+}
+
+fn warm(machine: &mut Machine, now: Instant) {
+    start(machine, now);
+    let actions = machine.step(Event::Probe(Probe::Healthy), now);
+    assert_eq!(actions, [Action::WarmUp]);
+    machine.step(Event::Warm(Warmth::Warm), now);
+}
+
+fn ready(role: Role) -> (Machine, Instant) {
+    let (mut machine, now) = machine(role);
+    warm(&mut machine, now);
+    machine.step(Event::Proven, now);
+    assert_eq!(machine.phase(), Phase::Ready);
+    (machine, now)
+}
+
+#[test]
+fn only_nodes_that_share_kv_are_verified() {
+    let (mut unified, now) = machine(Role::Unified);
+    warm(&mut unified, now);
+    assert_eq!(unified.phase(), Phase::Ready);
+    let (mut decode, now) = machine(Role::Decode);
+    warm(&mut decode, now);
+    assert_eq!(decode.phase(), Phase::Verifying);
+    decode.step(Event::Unpaired, now);
+    assert_eq!(decode.phase(), Phase::Ready);
+    assert_eq!(decode.trust(), &KvTrust::Unproven);
+    decode.step(Event::Proven, now);
+    assert_eq!(decode.trust(), &KvTrust::Proven);
+}
+
+#[test]
+fn an_exit_leaves_ready_at_once_and_nothing_starts_before_the_tree_is_gone() {
+    let (mut node, now) = ready(Role::Decode);
+    assert_eq!(node.step(Event::Exited("x".into()), now), []);
+    assert_eq!(
+        node.phase(),
+        Phase::Backoff {
+            delay: Duration::ZERO
+        }
+    );
+    assert_eq!(node.trust(), &KvTrust::Unproven);
+    assert_eq!(node.step(Event::Tick, now + SECOND), []);
+    node.step(Event::Reaped(None), now + SECOND);
+    start(&mut node, now + SECOND);
+    assert_eq!(node.restarts(), 1);
+}
+
+#[test]
+fn a_miss_is_not_a_death_but_503_and_long_silence_are() {
+    let (mut node, now) = ready(Role::Unified);
+    assert_eq!(node.step(Event::Probe(Probe::Miss), now), []);
+    assert_eq!(node.phase(), Phase::Unreachable);
+    node.step(Event::Probe(Probe::Healthy), now);
+    assert_eq!(node.phase(), Phase::Ready);
+    let actions = node.step(Event::Probe(Probe::EngineDead), now);
+    assert_eq!(actions, [Action::Kill]);
+    let (mut node, now) = ready(Role::Unified);
+    node.step(Event::Probe(Probe::Miss), now);
+    let later = now + plan().hang_timeout;
+    assert_eq!(node.step(Event::Tick, later), [Action::Kill]);
+}
+
+#[test]
+fn a_growing_log_extends_the_start_but_not_for_ever() {
+    let (mut node, start_at) = machine(Role::Unified);
+    start(&mut node, start_at);
+    let limit = plan().start_timeout;
+    let mut now = start_at + limit - SECOND;
+    node.step(Event::LogGrew, now);
+    assert!(
+        !node
+            .step(Event::Tick, start_at + limit)
+            .contains(&Action::Kill)
+    );
+    while now < start_at + limit * 10 {
+        node.step(Event::LogGrew, now);
+        now += SECOND * 60;
+        if node.step(Event::Tick, now).contains(&Action::Kill) {
+            return;
+        }
+    }
+    panic!("the start never ended");
+}
+
+#[test]
+fn a_hopeless_death_is_not_retried() {
+    let (mut node, now) = machine(Role::Unified);
+    start(&mut node, now);
+    node.step(Event::Exited("code 2".into()), now);
+    let obituary = Obituary {
+        text: "unrecognized".into(),
+        mendable: Mendable::Never,
+    };
+    node.step(Event::Reaped(Some(obituary)), now);
+    assert_eq!(node.phase(), Phase::Failed);
+    assert_eq!(node.reason(), Some("unrecognized"));
+    assert_eq!(node.deadline(), None);
+}
+
+#[test]
+fn a_refused_node_is_stopped_and_says_why() {
+    let (mut node, now) = machine(Role::Decode);
+    warm(&mut node, now);
+    let actions = node.step(Event::Refused("differs".into()), now);
+    assert_eq!(actions, [Action::Stop(plan().stop_grace)]);
+    assert_eq!(node.phase(), Phase::Failed);
+    node.step(Event::Exited("code 0".into()), now);
+    node.step(Event::Reaped(None), now);
+    assert_eq!(node.phase(), Phase::Failed);
+    assert_eq!(node.trust(), &KvTrust::Refused("differs".into()));
+}
+
+#[test]
+fn a_stop_escalates_to_the_guard_and_then_gives_up() {
+    let (mut node, mut now) = ready(Role::Unified);
+    let mut seen = node.step(Event::Stop, now);
+    for _ in 0..3 {
+        now = node.deadline().unwrap();
+        seen.extend(node.step(Event::Tick, now));
+    }
+    let grace = plan().stop_grace;
+    assert_eq!(seen, [Action::Stop(grace), Action::Kill, Action::KillGuard]);
+    assert!(node.is_stopped());
+}
+
+#[test]
+fn a_stolen_port_is_waited_for_and_then_counts_as_a_death() {
+    let (mut node, mut now) = machine(Role::Unified);
+    let mut checks = 0;
+    while node.reason().is_none() {
+        for action in node.step(Event::Tick, now) {
+            assert_eq!(action, Action::CheckPort);
+            checks += 1;
+            node.step(Event::Port(PortState::Taken), now);
+        }
+        now = node.deadline().unwrap().max(now);
+        assert!(checks < 1000);
+    }
+    assert!(checks > 10);
+    assert_eq!(
+        node.phase(),
+        Phase::Backoff {
+            delay: Duration::ZERO
+        }
+    );
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        6 => Just(Event::Tick),
+        4 => Just(Event::Port(PortState::Free)),
+        1 => Just(Event::Port(PortState::Taken)),
+        1 => Just(Event::SpawnFailed("x".into())),
+        1 => Just(Event::LogGrew),
+        6 => Just(Event::Probe(Probe::Healthy)),
+        1 => Just(Event::Probe(Probe::Miss)),
+        1 => Just(Event::Probe(Probe::EngineDead)),
+        4 => Just(Event::Warm(Warmth::Warm)),
+        1 => Just(Event::Warm(Warmth::Failed("x".into()))),
+        3 => Just(Event::Proven),
+        1 => Just(Event::Unpaired),
+        1 => Just(Event::Refused("x".into())),
+        2 => Just(Event::Exited("x".into())),
+        4 => Just(Event::Reaped(None)),
+        1 => Just(Event::Reaped(Some(Obituary {
+            text: "x".into(),
+            mendable: Mendable::Never,
+        }))),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn whatever_happens(
+        role in prop_oneof![Just(Role::Prefill), Just(Role::Decode), Just(Role::Unified)],
+        events in prop::collection::vec((event(), 0u64..200), 1..200),
+        stop_at in 0usize..400,
+    ) {
+        let (mut node, mut now) = machine(role);
+        // A model of the world: is there a tree, has its leader exited, was it ever healthy?
+        let (mut tree, mut exited, mut healthy, mut stopped) = (false, false, false, false);
+        for (index, (event, seconds)) in events.into_iter().enumerate() {
+            now += Duration::from_secs(seconds);
+            let event = if index == stop_at { Event::Stop } else { event };
+            // The world cannot report on what is not there.
+            match &event {
+                Event::Exited(_) if !tree || exited => continue,
+                Event::Reaped(_) | Event::SpawnFailed(_) if !tree => continue,
+                Event::Reaped(_) if !exited => {
+                    node.step(Event::Exited("x".into()), now);
+                }
+                _ => {}
+            }
+            exited |= matches!(event, Event::Exited(_));
+            healthy |= event == Event::Probe(Probe::Healthy);
+            stopped |= event == Event::Stop;
+            if matches!(event, Event::Reaped(_)) {
+                tree = false;
+            }
+            for action in node.step(event, now) {
+                match action {
+                    Action::Spawn => {
+                        prop_assert!(!tree && !stopped);
+                        (tree, exited, healthy) = (true, false, false);
+                    }
+                    Action::Stop(_) | Action::Kill | Action::KillGuard | Action::WarmUp => {
+                        prop_assert!(tree);
+                    }
+                    Action::CheckPort => prop_assert!(!tree && !stopped),
+                    Action::Probe => prop_assert!(tree && !exited),
+                }
+            }
+            let phase = node.phase();
+            if phase == Phase::Ready {
+                prop_assert!(tree && !exited && healthy && !stopped);
+            }
+            if let Phase::Backoff { delay } = phase {
+                prop_assert!(delay <= plan().backoff_max);
+            }
+            prop_assert_eq!(role == Role::Unified, *node.trust() == KvTrust::None);
+            if *node.trust() == KvTrust::Proven {
+                prop_assert!(matches!(phase, Phase::Ready | Phase::Unreachable));
+            }
+            // The clock always leads somewhere, and never spins.
+            match node.deadline() {
+                None => prop_assert!(phase.is_terminal()),
+                Some(at) => {
+                    let at = at.max(now);
+                    for action in node.step(Event::Tick, at) {
+                        if action == Action::CheckPort {
+                            node.step(Event::Port(PortState::Taken), at);
+                        }
+                    }
+                    prop_assert!(node.deadline().is_none_or(|next| next >= at));
+                    now = at;
+                }
+            }
+        }
+    }
+}

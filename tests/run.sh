@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Every check of the project. `tests/run.sh quick` leaves out what needs a real vLLM.
+# Needs: Rust with clippy and rustfmt, a C compiler, Python 3.11+ with pip and venv.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mode=${1:-all}
+step() { printf '\n=== %s (%ss)\n' "$1" "$SECONDS"; }
+
+step "format and lints"
+cargo fmt --check
+cargo clippy --locked --all-targets -- -D warnings
+
+step "unit, property and fault tests (fake vLLM)"
+cargo test --locked
+
+step "python tools"
+python3 -m venv target/test-venv
+target/test-venv/bin/pip install --quiet --disable-pip-version-check -r tests/real/requirements.txt
+target/test-venv/bin/ruff check python-shim tests examples benches
+target/test-venv/bin/ruff format --check python-shim tests examples benches
+
+if [ "$mode" = quick ]; then
+    step "done (quick: real vLLM was left out)"
+    exit 0
+fi
+
+step "release build"
+cargo build --locked --release
+export PEGAFLOW_BIN=$PWD/target/release/pegaflow
+
+step "end to end on real vLLM"
+target/test-venv/bin/python -m pytest -q tests/real
+
+step "the shim's own tests, inside the managed runtime"
+interpreter=$("$PEGAFLOW_BIN" prepare configs/1p1d-cpu.toml | sed -n 's/^interpreter //p')
+PYTHONPATH=$PWD/python-shim:$(echo "$PWD"/target/test-venv/lib/python3*/site-packages) \
+    "$interpreter" -m pytest -q python-shim/tests
+step "all checks passed"

@@ -1,0 +1,304 @@
+//! The guard alone, spoken to as the supervisor does: whatever its tree does, nothing is left.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic
+)]
+
+mod supervise_common;
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use supervise_common::{LIMIT, alive, eventually, marker};
+
+struct Guard {
+    process: Child,
+    socket: BufReader<UnixStream>,
+    marker: String,
+    run_dir: tempfile::TempDir,
+}
+
+impl Guard {
+    /// The leader: python, with the marker as `sys.argv[1]`.
+    fn start(script: &str) -> Self {
+        Self::start_with(script, &["--private-shm"])
+    }
+
+    fn start_with(script: &str, flags: &[&str]) -> Self {
+        let marker = marker();
+        let run_dir = tempfile::tempdir().unwrap();
+        std::fs::write(run_dir.path().join("lock"), "").unwrap();
+        std::fs::write(run_dir.path().join("engine.sock"), "").unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(LIMIT)).unwrap();
+        let process = Command::new(env!("CARGO_BIN_EXE_pegaflow"))
+            .args(["__guard", "--node", "n", "--run-dir"])
+            .arg(run_dir.path())
+            .args(flags)
+            .args(["--", "python3", "-c", script, &marker])
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self {
+            process,
+            socket: BufReader::new(ours),
+            marker,
+            run_dir,
+        }
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.socket.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    }
+
+    /// The leader's pid.
+    fn spawned(&mut self) -> Pid {
+        let line = self.line();
+        let pid = line.strip_prefix("spawned ").expect(&line).parse().unwrap();
+        Pid::from_raw(pid)
+    }
+
+    /// Waits until `count` processes of the tree run, the guard included.
+    fn wait_for(&self, count: usize) {
+        eventually("the tree is complete", || {
+            alive(&self.marker).len() == count
+        });
+    }
+
+    fn send(&mut self, command: &str) {
+        self.socket.get_mut().write_all(command.as_bytes()).unwrap();
+    }
+
+    /// Call after `empty`.
+    fn assert_gone(mut self) {
+        assert_eq!(self.line(), "empty");
+        assert!(self.process.wait().unwrap().success());
+        assert_eq!(alive(&self.marker), Vec::<i32>::new());
+        assert!(self.run_dir.path().join("engine.sock").exists());
+    }
+}
+
+const SLEEP: &str = "import time; time.sleep(600)";
+const CHILD: &str = "import subprocess, sys, time\n\
+    again = [sys.executable, '-c', 'import time; time.sleep(600)', sys.argv[1]]\n";
+
+fn with_child(rest: &str) -> String {
+    format!("{CHILD}{rest}\ntime.sleep(600)")
+}
+
+#[test]
+fn the_leader_exits_and_its_setsid_grandchild_dies_with_it() {
+    let script = format!(
+        "{CHILD}child = subprocess.Popen(again, start_new_session=True)\n\
+         sys.stdin.read(); time.sleep(0.5); sys.exit(7)"
+    );
+    let mut guard = Guard::start(&script);
+    let leader = guard.spawned();
+    assert_eq!(guard.line(), format!("exited {leader} code 7"));
+    guard.assert_gone();
+}
+
+#[test]
+fn a_double_forked_daemon_is_found() {
+    let daemon = "import os\n\
+        if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        subprocess.run(again)\n    os._exit(0)";
+    let mut guard = Guard::start(&with_child(daemon));
+    guard.spawned();
+    // Guard, leader, the daemon and its child; what was between has exited.
+    guard.wait_for(4);
+    guard.send("kill\n");
+    let line = guard.line();
+    assert!(line.ends_with("signal 9"), "{line}");
+    guard.assert_gone();
+}
+
+#[test]
+fn a_leader_that_is_killed_is_seen_at_once() {
+    let mut guard = Guard::start(&with_child("subprocess.Popen(again)"));
+    let leader = guard.spawned();
+    guard.wait_for(3);
+    let killed = Instant::now();
+    kill(leader, Signal::SIGKILL).unwrap();
+    assert_eq!(guard.line(), format!("exited {leader} signal 9"));
+    assert!(killed.elapsed() < Duration::from_secs(2));
+    guard.assert_gone();
+}
+
+#[test]
+fn term_goes_to_the_leader_only_and_kill_follows_the_grace() {
+    let dir = tempfile::tempdir().unwrap();
+    let (ready, termed) = (dir.path().join("ready"), dir.path().join("termed"));
+    let child = dir.path().join("child.py");
+    let text = format!(
+        "import signal, time\n\
+         signal.signal(15, lambda *_: open({termed:?}, 'w'))\n\
+         open({ready:?}, 'w')\n\
+         while True: time.sleep(1)"
+    );
+    std::fs::write(&child, text).unwrap();
+    let script = with_child(&format!(
+        "import signal\n\
+         signal.signal(15, signal.SIG_IGN)\n\
+         subprocess.Popen([sys.executable, {child:?}, sys.argv[1]])"
+    ));
+    let mut guard = Guard::start(&script);
+    guard.spawned();
+    eventually("the child's handler is installed", || ready.exists());
+    let started = Instant::now();
+    guard.send("stop 700\n");
+    let line = guard.line();
+    assert!(line.ends_with("signal 9"), "{line}");
+    assert!(started.elapsed() >= Duration::from_millis(700));
+    guard.assert_gone();
+    assert!(!termed.exists());
+}
+
+#[test]
+fn a_leader_that_heeds_term_is_not_killed() {
+    let script = "import signal, sys, time\n\
+        signal.signal(15, lambda *_: sys.exit(3))\n\
+        print('ready', file=open(sys.argv[1], 'w'))\ntime.sleep(600)";
+    let dir = tempfile::tempdir().unwrap();
+    let ready = dir.path().join("ready");
+    let script = script.replace("sys.argv[1]", &format!("{:?}", ready.to_str().unwrap()));
+    let mut guard = Guard::start(&script);
+    let leader = guard.spawned();
+    eventually("the handler is installed", || ready.exists());
+    guard.send("stop 20000\n");
+    assert_eq!(guard.line(), format!("exited {leader} code 3"));
+    guard.assert_gone();
+}
+
+#[test]
+fn stopped_processes_die_too() {
+    let mut guard = Guard::start(&with_child("subprocess.Popen(again)"));
+    let leader = guard.spawned();
+    guard.wait_for(3);
+    kill(leader, Signal::SIGSTOP).unwrap();
+    let state = format!("/proc/{leader}/stat");
+    eventually("the leader is stopped", || {
+        std::fs::read_to_string(&state).unwrap().contains(") T ")
+    });
+    guard.send("stop 200\n");
+    let line = guard.line();
+    assert!(line.ends_with("signal 9"), "{line}");
+    guard.assert_gone();
+}
+
+#[test]
+fn a_program_that_is_not_there_is_reported() {
+    let run_dir = tempfile::tempdir().unwrap();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(LIMIT)).unwrap();
+    let mut process = Command::new(env!("CARGO_BIN_EXE_pegaflow"))
+        .args(["__guard", "--node", "n", "--run-dir"])
+        .arg(run_dir.path())
+        .args(["--", "no-such-program-anywhere"])
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(ours).lines();
+    assert!(lines.next().unwrap().unwrap().starts_with("failed "));
+    assert_eq!(lines.next().unwrap().unwrap(), "empty");
+    process.wait().unwrap();
+}
+
+#[test]
+fn when_pegaflow_dies_the_tree_and_the_run_directory_go_within_five_seconds() {
+    let script = with_child(
+        "import signal\nsignal.signal(15, signal.SIG_IGN)\n\
+         subprocess.Popen(again, start_new_session=True)",
+    );
+    let mut guard = Guard::start(&script);
+    guard.spawned();
+    guard.wait_for(3);
+    let Guard {
+        mut process,
+        socket,
+        marker,
+        run_dir,
+    } = guard;
+    let died = Instant::now();
+    drop(socket);
+    assert!(process.wait().unwrap().success());
+    assert!(
+        died.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        died.elapsed()
+    );
+    assert_eq!(alive(&marker), Vec::<i32>::new());
+    assert!(!run_dir.path().exists());
+}
+
+#[test]
+fn a_new_owner_keeps_the_run_directory() {
+    let mut guard = Guard::start(SLEEP);
+    guard.spawned();
+    let lock = std::fs::File::open(guard.run_dir.path().join("lock")).unwrap();
+    lock.try_lock().unwrap();
+    let Guard {
+        mut process,
+        socket,
+        run_dir,
+        ..
+    } = guard;
+    drop(socket);
+    process.wait().unwrap();
+    assert!(run_dir.path().join("engine.sock").exists());
+}
+
+#[test]
+fn the_leader_dies_with_its_guard() {
+    let mut guard = Guard::start(SLEEP);
+    guard.spawned();
+    guard.wait_for(2);
+    guard.process.kill().unwrap();
+    guard.process.wait().unwrap();
+    let marker = guard.marker.clone();
+    eventually("the leader is gone", || alive(&marker).is_empty());
+}
+
+/// Maps a file in /dev/shm and leaves it there.
+const SHM: &str = "import mmap, os, time\n\
+    fd = os.open(PATH, os.O_CREAT | os.O_RDWR)\n\
+    os.ftruncate(fd, 4096)\n\
+    kept = mmap.mmap(fd, 4096)\n\
+    open(READY, 'w')\n\
+    time.sleep(600)";
+
+fn shm_is_cleaned(flags: &[&str]) -> bool {
+    let path = format!("/dev/shm/pegaflow-test-{}", marker());
+    let dir = tempfile::tempdir().unwrap();
+    let ready = dir.path().join("ready");
+    let script = SHM
+        .replace("PATH", &format!("{path:?}"))
+        .replace("READY", &format!("{:?}", ready.to_str().unwrap()));
+    let mut guard = Guard::start_with(&script, flags);
+    guard.spawned();
+    eventually("the file is mapped", || ready.exists());
+    let shared = Path::new(&path).exists();
+    guard.send("kill\n");
+    guard.line();
+    guard.assert_gone();
+    assert!(!Path::new(&path).exists());
+    shared
+}
+
+#[test]
+fn shared_memory_is_removed_by_notes_and_by_a_private_mount() {
+    assert!(shm_is_cleaned(&[]));
+    // Private where the kernel allows it; clean either way.
+    shm_is_cleaned(&["--private-shm"]);
+}

@@ -1,0 +1,204 @@
+//! A router under test, its client, and what must hold at the end.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::HeaderMap;
+use pegaflow::fleet::{FleetPublisher, KvTrust, NodeView, Phase, Role};
+use pegaflow::handoff::HandoffBoard;
+use pegaflow::plan::RouterPlan;
+use pegaflow::router::{RouterDeps, RouterError, RouterMetrics, serve};
+use pegaflow::shutdown::Shutdown;
+use prometheus_client::registry::Registry;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+
+use super::{HANG, soon};
+
+/// No timeout is short.
+pub fn plan() -> RouterPlan {
+    // So that a test which needs one of these to pass fails instead.
+    let far = HANG * 10;
+    RouterPlan {
+        listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+        connect_timeout: far,
+        first_byte_timeout: far,
+        chunk_timeout: far,
+        handoff_timeout: far,
+        max_body: 1 << 20,
+        max_in_flight: 512,
+        max_queue: 512,
+        queue_timeout: far,
+        drain_timeout: far,
+    }
+}
+
+/// A running router.
+pub struct Rig {
+    pub fleet: FleetPublisher,
+    pub board: HandoffBoard,
+    pub shutdown: Shutdown,
+    pub addr: SocketAddr,
+    pub http: reqwest::Client,
+    pub task: JoinHandle<Result<(), RouterError>>,
+}
+
+impl Rig {
+    /// All nodes are ready and proven.
+    pub async fn start(
+        board: &HandoffBoard,
+        plan: RouterPlan,
+        nodes: &[(&str, Role, SocketAddr)],
+    ) -> Self {
+        let nodes = nodes.iter().map(|(id, role, addr)| {
+            let mut node = NodeView::pending((*id).into(), *role, *addr);
+            node.phase = Phase::Ready;
+            node.incarnation = 1;
+            if *role != Role::Unified {
+                node.trust = KvTrust::Proven;
+            }
+            node
+        });
+        let fleet = FleetPublisher::new(nodes);
+        let listener = TcpListener::bind(plan.listen).await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let mut registry = Registry::default();
+        let deps = RouterDeps {
+            plan,
+            served_model: "tiny".to_owned(),
+            fleet: fleet.watch(),
+            board: board.clone(),
+            metrics: RouterMetrics::register(&mut registry),
+            registry: Arc::new(registry),
+        };
+        let shutdown = Shutdown::default();
+        let task = tokio::spawn(serve(listener, deps, shutdown.clone()));
+        Self {
+            fleet,
+            board: board.clone(),
+            shutdown,
+            addr,
+            http: reqwest::Client::builder().no_proxy().build().unwrap(),
+            task,
+        }
+    }
+
+    pub fn set(&self, id: &str, phase: Phase) {
+        self.fleet.update(&id.into(), |node| node.phase = phase);
+    }
+
+    pub fn url(&self, path: &str) -> String {
+        format!("http://{}{path}", self.addr)
+    }
+
+    pub fn request(&self, path: &str, body: &Value) -> reqwest::RequestBuilder {
+        self.http
+            .post(self.url(path))
+            .header("content-type", "application/json")
+            .body(body.to_string())
+    }
+
+    pub async fn complete(&self, body: &Value) -> Got {
+        self.send(self.request("/v1/completions", body)).await
+    }
+
+    pub async fn send(&self, request: reqwest::RequestBuilder) -> Got {
+        soon("a response", async {
+            let response = request.send().await.unwrap();
+            Got {
+                status: response.status().as_u16(),
+                headers: response.headers().clone(),
+                text: response.text().await.unwrap(),
+            }
+        })
+        .await
+    }
+
+    pub async fn get(&self, path: &str) -> Got {
+        self.send(self.http.get(self.url(path))).await
+    }
+
+    pub async fn metrics(&self) -> String {
+        self.get("/metrics").await.text
+    }
+
+    /// The value of the first sample whose line starts so; 0 where there is none.
+    pub async fn sample(&self, start: &str) -> f64 {
+        let text = self.metrics().await;
+        let line = text.lines().find(|line| line.starts_with(start));
+        line.map_or(0.0, |line| {
+            line.rsplit(' ').next().unwrap().parse().unwrap()
+        })
+    }
+
+    /// Everything is given back: places, counts, tickets.
+    pub async fn idle(&self) {
+        soon("the router to be idle", async {
+            loop {
+                let status: Value = serde_json::from_str(&self.get("/status").await.text).unwrap();
+                let still = status["in_flight"] == 0
+                    && status["queued"] == 0
+                    && status["handoffs_waiting"] == 0
+                    && status["in_flight_by_node"] == json!({});
+                if still {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+        assert_eq!(self.board.waiting(), 0);
+        let metrics = self.metrics().await;
+        for gauge in ["pegaflow_router_in_flight 0", "pegaflow_router_queued 0"] {
+            assert!(metrics.lines().any(|line| line == gauge), "{metrics}");
+        }
+    }
+
+    /// Checks that nothing is left, and that the router ends.
+    pub async fn finish(self) {
+        self.idle().await;
+        self.shutdown.graceful().cancel();
+        drop(self.http);
+        soon("serve to return", self.task).await.unwrap().unwrap();
+    }
+}
+
+#[derive(Debug)]
+pub struct Got {
+    pub status: u16,
+    pub headers: HeaderMap,
+    pub text: String,
+}
+
+impl Got {
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap()
+    }
+
+    /// The stream is whole: eight tokens in order, then `[DONE]`.
+    pub fn is_whole_stream(&self, tag: &str) {
+        let mut expected: String = (0..8)
+            .map(|index| format!("data: {{\"token\":{index},\"tag\":{tag}}}\n\n"))
+            .collect();
+        expected.push_str("data: [DONE]\n\n");
+        assert_eq!(self.status, 200);
+        assert_eq!(self.text, expected);
+    }
+
+    /// The stream ends with an error event of this code, and has no `[DONE]`.
+    pub fn is_broken_stream(&self, tokens: usize, code: &str) {
+        assert_eq!(self.status, 200);
+        assert_eq!(
+            self.text.matches("\"token\":").count(),
+            tokens,
+            "{}",
+            self.text
+        );
+        assert!(!self.text.contains("[DONE]"));
+        let last = self.text.trim_end().rsplit("\n\n").next().unwrap();
+        let event: Value = serde_json::from_str(last.strip_prefix("data: ").unwrap()).unwrap();
+        assert_eq!(event["error"]["code"], code);
+    }
+}
