@@ -50,7 +50,11 @@ pub fn load(file: &Path) -> Result<Topology, Exit> {
 pub async fn install(cx: &Context, topology: &Topology, shim: &Path) -> Result<Installed, Exit> {
     let cancel = cx.shutdown.graceful();
     let interrupted = |error: anyhow::Error| {
-        if cancel.is_cancelled() { Exit::Interrupted } else { Exit::Machine(error) }
+        if cancel.is_cancelled() {
+            Exit::Interrupted
+        } else {
+            Exit::Machine(error)
+        }
     };
     let ui = cx.console.progress("runtime");
     let runtime = runtime::prepare(&topology.runtime, &ui, cancel)
@@ -88,8 +92,11 @@ impl Run<'_> {
     }
 
     pub fn plan(&self, launcher: Launcher, model: ModelFacts) -> Result<Plan, Exit> {
-        let ports = host::free_ports(Plan::ports_needed(self.topology), &self.topology.fixed_ports())
-            .map_err(|error| Exit::Machine(error.into()))?;
+        let ports = host::free_ports(
+            Plan::ports_needed(self.topology),
+            &self.topology.fixed_ports(),
+        )
+        .map_err(|error| Exit::Machine(error.into()))?;
         let inputs = PlanInputs {
             launcher,
             model,

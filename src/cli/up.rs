@@ -49,7 +49,8 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
     })?;
     let listen = topology.router.listen;
     let listener = TcpListener::bind(listen).await.map_err(|error| {
-        let what = format!("cannot listen on [router] listen = \"{listen}\"; is another server there?");
+        let what =
+            format!("cannot listen on [router] listen = \"{listen}\"; is another server there?");
         Exit::Machine(anyhow::Error::new(error).context(what))
     })?;
     instance
@@ -58,9 +59,16 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
 
     let host = HostSnapshot::take().map_err(|error| Exit::Machine(error.into()))?;
     let token = format!("{:032x}", rand::random::<u128>());
-    let run = Run { topology: &topology, host: &host, instance: &instance, token: &token };
+    let run = Run {
+        topology: &topology,
+        host: &host,
+        instance: &instance,
+        token: &token,
+    };
     run.preflight()?;
-    let shim = instance.unpack_shim().map_err(|error| Exit::Machine(error.into()))?;
+    let shim = instance
+        .unpack_shim()
+        .map_err(|error| Exit::Machine(error.into()))?;
     let Installed { runtime, model } = install(&cx, &topology, &shim).await?;
     let plan = run.plan(runtime.launcher, model)?;
     for warning in &plan.warnings {
@@ -86,7 +94,9 @@ async fn serve(
     let metrics = RouterMetrics::register(&mut registry);
     let engine = start_engine(plan, instance, token, &board, &mut registry)?;
     let fleet = FleetPublisher::new(
-        plan.nodes.iter().map(|node| NodeView::pending(node.id.clone(), node.role, node.addr)),
+        plan.nodes
+            .iter()
+            .map(|node| NodeView::pending(node.id.clone(), node.role, node.addr)),
     );
 
     // The nodes stop after the router has drained, so they follow a shutdown of their own.
@@ -219,7 +229,8 @@ async fn watch_start(
         Start::Ready | Start::Waiting => {}
     }
     let snapshot = fleet.borrow().clone();
-    cx.console.banner(&ready::banner(plan, &snapshot, instance.log_dir()));
+    cx.console
+        .banner(&ready::banner(plan, &snapshot, instance.log_dir()));
     end.cancelled().await;
     Ok(())
 }
