@@ -6,6 +6,9 @@
 
 While cooling, calls answer nothing at once and one-way messages still go out. `off` closes the socket, so the
 engine sees the session end and takes back what it held.
+
+The answer of a call that gave up is dropped when it comes, but what it granted is not: those chunks would stay
+pending, and everybody who needs them would wait. `take_orphans` hands them out to be discarded.
 """
 
 import array
@@ -51,6 +54,9 @@ class Client:
         self._timeouts = 0
         self._pause = FIRST_PAUSE
         self._cool_until = 0.0
+        self._late: set[int] = set()
+        """Calls that gave up and may still be answered."""
+        self._orphans = b""
         self.session: Session | None = None
 
     @property
@@ -124,6 +130,21 @@ class Client:
             return False
         return True
 
+    def take_orphans(self) -> bytes:
+        """Refs granted to calls that had given up; reads what has come in without waiting."""
+        if self._late and self._socket is not None:
+            try:
+                while self._late:
+                    answer = self._receive(time.monotonic())
+                    if not self._drop_late(answer):
+                        raise ProtocolError(f"unexpected {type(answer).__name__.lower()}")
+            except CallTimeout:
+                pass
+            except (OSError, ProtocolError) as error:
+                self._turn_off("session lost", error)
+        orphans, self._orphans = self._orphans, b""
+        return orphans
+
     def close(self) -> None:
         sock, self._socket = self._socket, None
         if sock is not None:
@@ -144,13 +165,13 @@ class Client:
         try:
             while True:
                 answer = self._receive(deadline)
-                seq = getattr(answer, "seq", None)
-                if seq == self._seq and isinstance(answer, kind):
-                    break
-                if seq is None or seq >= self._seq:
+                if self._drop_late(answer):
+                    continue
+                if not isinstance(answer, kind) or answer.seq != self._seq:
                     raise ProtocolError(f"unexpected {type(answer).__name__.lower()}")
-                # The late answer of a call that gave up.
+                break
         except CallTimeout:
+            self._late.add(self._seq)
             self._note_timeout()
             return None
         except (OSError, ProtocolError) as error:
@@ -160,6 +181,15 @@ class Client:
         self._pause = FIRST_PAUSE
         return answer
 
+    def _drop_late(self, answer: protocol.Answer) -> bool:
+        seq = getattr(answer, "seq", None)
+        if seq not in self._late:
+            return False
+        self._late.remove(seq)
+        if isinstance(answer, Granted):
+            self._orphans += answer.refs
+        return True
+
     def _receive(self, deadline: float, fds: list[int] | None = None) -> protocol.Answer:
         sock = self._socket
         assert sock is not None
@@ -167,13 +197,11 @@ class Client:
             body = protocol.take_body(self._inbox)
             if body is not None:
                 return protocol.decode_answer(body)
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise CallTimeout
-            sock.settimeout(left)
+            # 0 looks once without waiting.
+            sock.settimeout(max(0.0, deadline - time.monotonic()))
             try:
                 data = sock.recv(READ_SIZE) if fds is None else _receive_with_fds(sock, fds)
-            except TimeoutError:
+            except (TimeoutError, BlockingIOError):
                 raise CallTimeout from None
             if not data:
                 raise ConnectionResetError("closed by the engine")

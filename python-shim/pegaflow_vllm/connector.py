@@ -13,6 +13,9 @@ from pegaflow_vllm.worker import Worker
 # From 0.30 on a worker names the requests whose load failed; before that it names blocks.
 _TransferResults = getattr(base, "KVConnectorTransferResults", None)
 
+_ORPHANS = "pegaflow_orphans"
+"""Attribute on a step's connector metadata."""
+
 
 class PegaConnector(OffloadingConnector):
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
@@ -50,6 +53,7 @@ class PegaConnector(OffloadingConnector):
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         meta = super().build_connector_meta(scheduler_output)
         self._seal(scheduler_output)
+        self._pass_orphans(meta)
         return meta
 
     def update_connector_output(self, connector_output: Any) -> None:
@@ -69,6 +73,10 @@ class PegaConnector(OffloadingConnector):
         return super().request_finished_all_groups(request, block_ids)
 
     # -- worker
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        self._discard_orphans()
+        super().start_load_kv(forward_context, **kwargs)
 
     def wait_for_save(self) -> None:
         """Saves what this step computed now: the stock connector waits for the next step to begin."""
@@ -125,6 +133,17 @@ class PegaConnector(OffloadingConnector):
             status = self.connector_scheduler._req_status.get(request_id)
             if tokens and status is not None and status.req.num_computed_tokens + tokens >= prompt_tokens:
                 self._manager.seal(request_id)
+
+    @guarded()
+    def _pass_orphans(self, meta: Any) -> None:
+        """Only workers may discard, so the refs travel with the step's metadata."""
+        if orphans := self._manager.take_orphans():
+            setattr(meta, _ORPHANS, orphans)
+
+    @guarded()
+    def _discard_orphans(self) -> None:
+        if orphans := getattr(self._connector_metadata, _ORPHANS, b""):
+            self._worker.discard(orphans)
 
     @guarded(set)
     def _failed_requests(self, output: Any) -> set[str]:

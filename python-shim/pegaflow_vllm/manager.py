@@ -171,6 +171,11 @@ class Manager(OffloadingManager):
                 tracked.load_failed = True
                 self._release(tracked)
 
+    @guarded(bytes)
+    def take_orphans(self) -> bytes:
+        """Refs that were granted too late to be written: the workers are to discard them."""
+        return self._client.take_orphans()
+
     # -- called by vLLM
 
     @guarded(RequestOffloadingContext)
@@ -218,7 +223,7 @@ class Manager(OffloadingManager):
             return PrepareStoreOutput([], self._spec(b""), [])
         granted = self._client.store(tracked.id, tracked.handoff.id, keys)
         if granted is None:
-            # The grant may still come; the abort that follows it gives its slots back.
+            # The grant may still come, as an orphan.
             self._abort(tracked)
             return None
         if not granted.ok:

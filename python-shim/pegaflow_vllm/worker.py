@@ -126,6 +126,11 @@ class Worker(OffloadingWorker):
         failures, self._failures = self._failures, Failures()
         return failures
 
+    @guarded()
+    def discard(self, refs: bytes) -> None:
+        """Gives up chunks that were granted to this node and will not be written."""
+        self._client.send(Discard(refs=refs))
+
     # -- inside
 
     @guarded()

@@ -119,6 +119,27 @@ def test_an_answer_that_comes_too_late_is_dropped(script, quick):
     assert script.read().seq == first.seq + 1
 
 
+def test_what_a_late_answer_granted_is_handed_out_once(script, quick):
+    late = protocol.frame(protocol.Granted(seq=1, ok=True, new=bytes(4), refs=b"REFSREFS"))
+    assert quick.store("r", "h", KEYS) is None
+    assert quick.take_orphans() == b""
+    script.write(late)
+    give_up = time.monotonic() + 20
+    while (orphans := quick.take_orphans()) == b"" and time.monotonic() < give_up:
+        pass
+    assert orphans == b"REFSREFS"
+    assert quick.take_orphans() == b""
+    assert quick.alive
+
+
+def test_what_a_late_answer_granted_is_kept_by_the_call_that_reads_it(script, quick):
+    assert quick.store("r", "h", KEYS) is None
+    quick._call_timeout = 20.0
+    script.write(protocol.frame(protocol.Granted(seq=1, ok=True, new=bytes(4), refs=b"REFSREFS")) + found(2))
+    assert quick.lookup("r", "h", KEYS).states == b"\1\0"
+    assert quick.take_orphans() == b"REFSREFS"
+
+
 def test_an_answer_cut_by_the_deadline_does_not_break_the_stream(script, quick):
     whole = found(1)
     script.write(whole[:7])

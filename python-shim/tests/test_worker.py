@@ -49,11 +49,9 @@ def chunks(engine, slots: list[int], generation: int = 1, epoch: int = EPOCH) ->
 
 
 @pytest.fixture
-def worker_over(engine, monkeypatch):
+def worker_over(engine):
     """Makes a worker, connected as one rank, over KV tensors per group."""
     made = []
-    # The toy engine must not look into commits of chunks that it never granted.
-    monkeypatch.setattr(engine, "_handle", lambda *_: None)
 
     def make(groups, rank: int = 0, world: int = 1) -> Worker:
         layout = Layout(caches(groups))
@@ -182,6 +180,11 @@ def test_a_store_into_slots_of_others_is_discarded(engine, worker_over):
     assert engine.wait_for(Discard)[0].refs == spec.refs
     assert not np.frombuffer(engine.spaces[0].arena, dtype=np.int8)[engine.spaces[0].header_bytes :].any()
     assert [result.success for result in worker.get_finished()] == [True]
+
+
+def test_orphans_are_discarded(engine, worker_over):
+    worker_over([[random_tensor(32)]]).discard(b"REFSREFS")
+    assert engine.wait_for(Discard)[0].refs == b"REFSREFS"
 
 
 def test_without_an_engine_stores_vanish_and_loads_fail(socket_path):

@@ -187,7 +187,8 @@ class ToyEngine:
             with self._lock:
                 named = {chunk.ref: chunk for chunk in space.chunks.values()}
                 for ref in protocol.split_refs(message.refs):
-                    named[ref].missing -= 1
+                    if ref in named:
+                        named[ref].missing -= 1
 
     def _lookup(self, space: Namespace | None, message: protocol.Lookup) -> Found:
         states, refs = bytearray(), bytearray()
