@@ -6,16 +6,16 @@ use super::{Context, Exit};
 use crate::host::{self, HostSnapshot};
 use crate::instance::{self, Instance};
 use crate::model;
-use crate::plan::{Launcher, ModelFacts, Plan, PlanInputs};
+use crate::plan::{Plan, PlanInputs};
 use crate::runtime::{self, Runtime};
-use crate::topology::{self, Topology};
+use crate::topology::{self, Launcher, ModelFacts, Topology};
 
 /// `pegaflow prepare`: does the slow, once-only part of `up`, and prints where things are.
 pub async fn prepare(cx: Context) -> Result<(), Exit> {
     let topology = load(&cx.topology)?;
     let shim = tempdir(&topology)?;
     let outcome = async {
-        instance::unpack_shim_into(&shim).map_err(|e| Exit::Failed(e.into()))?;
+        instance::unpack_shim(&shim).map_err(|e| Exit::Failed(e.into()))?;
         install(&cx, &topology, &shim).await
     }
     .await;
@@ -50,7 +50,11 @@ pub fn load(file: &Path) -> Result<Topology, Exit> {
 pub async fn install(cx: &Context, topology: &Topology, shim: &Path) -> Result<Installed, Exit> {
     let cancel = cx.shutdown.graceful();
     let interrupted = |error: anyhow::Error| {
-        if cancel.is_cancelled() { Exit::Interrupted } else { Exit::Machine(error) }
+        if cancel.is_cancelled() {
+            Exit::Interrupted
+        } else {
+            Exit::Machine(error)
+        }
     };
     let ui = cx.console.progress("runtime");
     let runtime = runtime::prepare(&topology.runtime, &ui, cancel)
@@ -88,8 +92,11 @@ impl Run<'_> {
     }
 
     pub fn plan(&self, launcher: Launcher, model: ModelFacts) -> Result<Plan, Exit> {
-        let ports = host::free_ports(Plan::ports_needed(self.topology), &self.topology.fixed_ports())
-            .map_err(|error| Exit::Machine(error.into()))?;
+        let ports = host::free_ports(
+            Plan::ports_needed(self.topology),
+            &self.topology.fixed_ports(),
+        )
+        .map_err(|error| Exit::Machine(error.into()))?;
         let inputs = PlanInputs {
             launcher,
             model,

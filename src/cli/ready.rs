@@ -29,9 +29,10 @@ pub fn judge(fleet: &FleetSnapshot) -> Start {
             let reason = node.reason.as_deref().unwrap_or("no reason known");
             match (&node.phase, &node.trust) {
                 (Phase::Ready, KvTrust::None | KvTrust::Proven) => None,
-                (Phase::Ready, KvTrust::Unproven) => {
-                    Some(format!("{}: serves whole requests only, no partner to hand off with", node.id))
-                }
+                (Phase::Ready, KvTrust::Unproven) => Some(format!(
+                    "{}: serves whole requests only, no partner to hand off with",
+                    node.id
+                )),
                 (_, KvTrust::Refused(why)) => Some(format!("{}: {why}", node.id)),
                 (phase, _) => Some(format!("{}: {}, {reason}", node.id, phase.label())),
             }
@@ -88,8 +89,15 @@ pub async fn narrate(mut fleet: FleetWatch) {
 /// What a person wants to know at the moment when the fleet serves.
 pub fn banner(plan: &Plan, fleet: &FleetSnapshot, log_dir: &std::path::Path) -> String {
     let url = format!("http://{}", plan.router.listen);
-    let mut text = format!("pegaflow is ready: {url}/v1   model: {}\n", plan.model.served_name);
-    let _ = writeln!(text, "\n  {:<14} {:<8} {:<22} {:<10} PID", "NODE", "ROLE", "ADDRESS", "DEVICE");
+    let mut text = format!(
+        "pegaflow is ready: {url}/v1   model: {}\n",
+        plan.model.served_name
+    );
+    let _ = writeln!(
+        text,
+        "\n  {:<14} {:<8} {:<22} {:<10} PID",
+        "NODE", "ROLE", "ADDRESS", "DEVICE"
+    );
     for node in fleet.nodes() {
         let device = plan
             .nodes
@@ -127,9 +135,15 @@ pub fn banner(plan: &Plan, fleet: &FleetSnapshot, log_dir: &std::path::Path) -> 
 fn device(node: &crate::plan::NodePlan) -> String {
     let join = |numbers: Vec<String>| numbers.join(",");
     if node.gpus.is_empty() {
-        format!("CPU {}", join(node.cpus.iter().map(ToString::to_string).collect()))
+        format!(
+            "CPU {}",
+            join(node.cpus.iter().map(ToString::to_string).collect())
+        )
     } else {
-        format!("GPU {}", join(node.gpus.iter().map(ToString::to_string).collect()))
+        format!(
+            "GPU {}",
+            join(node.gpus.iter().map(ToString::to_string).collect())
+        )
     }
 }
 
@@ -164,7 +178,9 @@ mod tests {
         let refused = Refused("canary: tokens differ".into());
         let failed = fleet(&[p(Phase::Failed, refused.clone()), d(Phase::Failed, refused)]);
         assert!(matches!(judge(&failed), Start::Failed(why) if why.len() == 2));
-        let backoff = Phase::Backoff { delay: std::time::Duration::from_secs(5) };
+        let backoff = Phase::Backoff {
+            delay: std::time::Duration::from_secs(5),
+        };
         let coming_back = fleet(&[p(backoff, Unproven), d(Phase::Ready, Unproven)]);
         assert_eq!(judge(&coming_back), Start::Waiting);
     }
