@@ -1,0 +1,333 @@
+//! The engine process: schedules prompts, speaks to the store as a scheduler, drives the workers.
+//!
+//! A prefill leg: open, look up, store, seal at once; compute (`prefill_ms`); the workers write and
+//! commit. A decode leg: look up, poll what is pending, let the workers read and verify, compute
+//! what was not found.
+
+use std::collections::HashMap;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use sha2::{Digest, Sha256};
+use tokio::process::Child;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::AbortHandle;
+
+use crate::args::Args;
+use crate::kv::{self, Found, Key, Scheduler};
+use crate::script::ScriptReader;
+use crate::shm::Segment;
+use crate::wire::{
+    self, Chunk, FromEngine, FromWorker, Job, Leg, LegKind, Link, Outcome, ToEngine, ToWorker,
+};
+
+/// A clean stop takes no longer.
+pub const STOP_LIMIT: Duration = Duration::from_secs(2);
+/// Chunks that stay pending for longer are a miss.
+const PENDING_LIMIT: Duration = Duration::from_secs(2);
+
+#[derive(Debug)]
+struct Engine {
+    args: Args,
+    script: ScriptReader,
+    scheduler: Option<Scheduler>,
+    workers: Workers,
+    to_leader: mpsc::Sender<FromEngine>,
+    running: Mutex<HashMap<u64, (AbortHandle, String)>>,
+}
+
+#[derive(Debug)]
+struct Workers {
+    senders: Vec<mpsc::Sender<ToWorker>>,
+    next: AtomicU64,
+    pending: Mutex<HashMap<u64, Transfer>>,
+    stopping: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Transfer {
+    left: usize,
+    done: Transferred,
+    sender: Option<oneshot::Sender<Transferred>>,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Transferred {
+    failed: u32,
+    wrong: u32,
+}
+
+/// The engine's whole life.
+pub async fn run(args: Args) -> ExitCode {
+    let segment = Segment::create();
+    Segment::create_left_behind();
+    let mut link = Link::<FromEngine>::to_parent();
+    let connected = args.connector && std::env::var_os("PEGAFLOW_KV_SOCKET").is_some();
+    let scheduler = if connected {
+        Scheduler::connect(&args).await
+    } else {
+        None
+    };
+    let (workers, children) = start_workers(&args).await;
+    let to_leader = link.sender.clone();
+    let script = ScriptReader::default();
+    let engine = Arc::new(Engine {
+        args,
+        script,
+        scheduler,
+        workers,
+        to_leader: to_leader.clone(),
+        running: Mutex::default(),
+    });
+    for (child, worker_link) in children {
+        tokio::spawn(watch_worker(engine.clone(), child, worker_link));
+    }
+    let _ = to_leader.send(FromEngine::Ready).await;
+    while let Some(message) = link.receive().await {
+        match message {
+            ToEngine::Run(job) => engine.start(job),
+            ToEngine::Finish { id } => engine.finish(id).await,
+            ToEngine::Stop => {
+                engine.workers.stopping.store(true, Ordering::Relaxed);
+                engine.workers.send(|| ToWorker::Stop).await;
+                // The workers' removal of their segments is what a clean stop waits for.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                drop(segment);
+                return ExitCode::SUCCESS;
+            }
+        }
+    }
+    // The leader was killed. vLLM's engine does not notice, and neither does this one.
+    std::future::pending().await
+}
+
+async fn start_workers(args: &Args) -> (Workers, Vec<(Child, Link<ToWorker>)>) {
+    let mut children = Vec::new();
+    for rank in 0..args.tensor_parallel {
+        let (child, mut link) = wire::spawn::<ToWorker>(args, wire::WORKER_ROLE, rank);
+        let ready: Option<FromWorker> = link.receive().await;
+        assert!(
+            matches!(ready, Some(FromWorker::Ready)),
+            "worker {rank} did not start"
+        );
+        children.push((child, link));
+    }
+    let workers = Workers {
+        senders: children
+            .iter()
+            .map(|(_, link)| link.sender.clone())
+            .collect(),
+        next: AtomicU64::new(1),
+        pending: Mutex::default(),
+        stopping: AtomicBool::new(false),
+    };
+    (workers, children)
+}
+
+async fn watch_worker(engine: Arc<Engine>, mut child: Child, mut link: Link<ToWorker>) {
+    while let Some(FromWorker::Done { id, failed, wrong }) = link.receive().await {
+        engine.workers.done(id, Transferred { failed, wrong });
+    }
+    let _ = child.wait().await;
+    if !engine.workers.stopping.load(Ordering::Relaxed) {
+        eprintln!("ERROR: worker proc died unexpectedly, shutting down executor (fake)");
+        std::process::exit(1);
+    }
+}
+
+impl Workers {
+    async fn send(&self, message: impl Fn() -> ToWorker) {
+        for sender in &self.senders {
+            let _ = sender.send(message()).await;
+        }
+    }
+
+    async fn transfer(&self, message: impl Fn(u64) -> ToWorker) -> Transferred {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = oneshot::channel();
+        let transfer = Transfer {
+            left: self.senders.len(),
+            done: Transferred::default(),
+            sender: Some(sender),
+        };
+        self.pending.lock().unwrap().insert(id, transfer);
+        self.send(|| message(id)).await;
+        receiver.await.unwrap_or(Transferred {
+            failed: 1,
+            wrong: 0,
+        })
+    }
+
+    fn done(&self, id: u64, part: Transferred) {
+        let mut pending = self.pending.lock().unwrap();
+        let Some(transfer) = pending.get_mut(&id) else {
+            return;
+        };
+        transfer.left -= 1;
+        transfer.done.failed += part.failed;
+        transfer.done.wrong += part.wrong;
+        if transfer.left == 0 {
+            let _ = transfer.sender.take().unwrap().send(transfer.done);
+            pending.remove(&id);
+        }
+    }
+}
+
+impl Engine {
+    fn start(self: &Arc<Self>, job: Job) {
+        let engine = self.clone();
+        let (id, request) = (job.id, job.request.clone());
+        let task = tokio::spawn(async move {
+            let outcome = engine.compute(&job).await;
+            let _ = engine
+                .to_leader
+                .send(FromEngine::Done {
+                    id: job.id,
+                    outcome,
+                })
+                .await;
+        });
+        self.running
+            .lock()
+            .unwrap()
+            .insert(id, (task.abort_handle(), request));
+    }
+
+    async fn finish(&self, id: u64) {
+        let Some((task, request)) = self.running.lock().unwrap().remove(&id) else {
+            return;
+        };
+        task.abort();
+        if let Some(scheduler) = &self.scheduler {
+            scheduler.finish(&request).await;
+        }
+    }
+
+    async fn compute(self: &Arc<Self>, job: &Job) -> Outcome {
+        let keys = chunk_keys(&job.tokens, &job.salt, self.args.block_size);
+        let outcome = match (&self.scheduler, &job.leg) {
+            (Some(scheduler), Some(leg)) if leg.leg == LegKind::Prefill => {
+                self.prefill(scheduler, job, leg, &keys).await;
+                Outcome::default()
+            }
+            (Some(scheduler), Some(leg)) if !keys.is_empty() => {
+                self.load(scheduler, job, leg, &keys).await
+            }
+            _ => Outcome::default(),
+        };
+        let loaded = outcome.hits > 0 && outcome.hits >= (keys.len() * self.args.block_size) as u64;
+        let delay = self.script.current().prefill_ms;
+        if !loaded && delay > 0 {
+            tokio::time::sleep(Duration::from_millis(delay)).await;
+        }
+        outcome
+    }
+
+    async fn prefill(self: &Arc<Self>, scheduler: &Scheduler, job: &Job, leg: &Leg, keys: &[Key]) {
+        let chunks = u32::try_from(keys.len()).unwrap();
+        scheduler.open(&job.request, &leg.handoff, chunks).await;
+        if !keys.is_empty() {
+            let found = scheduler.lookup(&job.request, &leg.handoff, keys).await;
+            if !found.is_some_and(|found| found.iter().all(|found| matches!(found, Found::Hit(_))))
+            {
+                self.save(scheduler, job, leg, keys).await;
+            }
+        }
+        scheduler.seal(&leg.handoff).await;
+    }
+
+    async fn save(self: &Arc<Self>, scheduler: &Scheduler, job: &Job, leg: &Leg, keys: &[Key]) {
+        let Some(granted) = scheduler.store(&job.request, &leg.handoff, keys).await else {
+            return;
+        };
+        let chunks: Vec<Chunk> = granted
+            .into_iter()
+            .map(|(index, slot)| kv::chunk(slot, &keys[index]))
+            .collect();
+        if chunks.is_empty() {
+            return;
+        }
+        let engine = self.clone();
+        // Not part of the request: an aborted request's forward pass ends as well.
+        tokio::spawn(async move {
+            let script = engine.script.current();
+            tokio::time::sleep(Duration::from_millis(script.prefill_ms + script.save_ms)).await;
+            let corrupt = script.corrupt_kv;
+            let message = |id| ToWorker::Write {
+                id,
+                chunks: chunks.clone(),
+                corrupt,
+            };
+            engine.workers.transfer(message).await;
+        });
+    }
+
+    async fn load(&self, scheduler: &Scheduler, job: &Job, leg: &Leg, keys: &[Key]) -> Outcome {
+        let queries = job.tokens.len() as u64;
+        let started = Instant::now();
+        let mut found = scheduler
+            .lookup(&job.request, &leg.handoff, keys)
+            .await
+            .unwrap_or_default();
+        while found.contains(&Found::Pending) && started.elapsed() < PENDING_LIMIT {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+            found = scheduler
+                .lookup(&job.request, &leg.handoff, keys)
+                .await
+                .unwrap_or_default();
+        }
+        let chunks: Vec<Chunk> = found
+            .iter()
+            .zip(keys)
+            .map_while(|(found, key)| match found {
+                Found::Hit(slot) => Some(kv::chunk(*slot, key)),
+                Found::Miss | Found::Pending => None,
+            })
+            .collect();
+        if chunks.is_empty() {
+            return Outcome {
+                queries,
+                ..Outcome::default()
+            };
+        }
+        let corrupt = self.script.current().corrupt_kv;
+        let message = |id| ToWorker::Read {
+            id,
+            chunks: chunks.clone(),
+            corrupt,
+        };
+        let done = self.workers.transfer(message).await;
+        scheduler.release(&job.request).await;
+        let hits = if done.failed == 0 {
+            chunks.len() * self.args.block_size
+        } else {
+            0
+        };
+        Outcome {
+            queries,
+            hits: hits as u64,
+            wrong: done.wrong > 0,
+        }
+    }
+}
+
+/// A key per full block: a chain of hashes, as vLLM's, and KV group 0.
+fn chunk_keys(tokens: &[u32], salt: &str, block_size: usize) -> Vec<Key> {
+    let mut parent: [u8; 32] = Sha256::digest(salt.as_bytes()).into();
+    tokens
+        .chunks_exact(block_size)
+        .map(|block| {
+            let mut hash = Sha256::new();
+            hash.update(parent);
+            for id in block {
+                hash.update(id.to_le_bytes());
+            }
+            parent = hash.finalize().into();
+            let mut key = [0; 36];
+            key[..32].copy_from_slice(&parent);
+            key
+        })
+        .collect()
+}

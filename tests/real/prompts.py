@@ -1,0 +1,55 @@
+"""Prompts of token ids, and what a node answers to them bit by bit."""
+
+import random
+from dataclasses import dataclass
+
+import httpx
+
+BLOCK = 32
+MAX_TOKENS = 32
+VOCABULARY = range(300, 2000)
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    """Its own from the first token on, so that no prefix is shared by chance."""
+    rng = random.Random(seed * 100_003 + length)
+    return [rng.choice(VOCABULARY) for _ in range(length)]
+
+
+def full_chunks(ids: list[int]) -> int:
+    return len(ids) // BLOCK
+
+
+@dataclass(frozen=True)
+class Exact:
+    """An answer as exact as the API tells it."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    def difference(self, other: "Exact") -> float:
+        """The largest distance between logprobs; infinite where the tokens differ."""
+        if self.tokens != other.tokens or len(self.logprobs) != len(other.logprobs):
+            return float("inf")
+        return max(abs(a - b) for a, b in zip(self.logprobs, other.logprobs, strict=True))
+
+
+def ask(url: str, ids: list[int], *, model: str, **extra: object) -> Exact:
+    body = {
+        "model": model,
+        "prompt": ids,
+        "temperature": 0,
+        "max_tokens": MAX_TOKENS,
+        "ignore_eos": True,
+        "logprobs": 1,
+        "return_token_ids": True,
+    } | extra
+    reply = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+    assert reply.status_code == 200, reply.text
+    choice = reply.json()["choices"][0]
+    return Exact(tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"]))
+
+
+def leg(handoff: str, which: str) -> dict:
+    """What the router writes into one leg of a hand-off."""
+    return {"kv_transfer_params": {"pegaflow": {"handoff": handoff, "leg": which}}}

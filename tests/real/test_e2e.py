@@ -1,0 +1,187 @@
+"""`pegaflow up configs/1p1d-cpu.toml` on real vLLM: the issue's acceptance list, a test for each line.
+
+The tests run in the order of the file: those that kill something come last.
+"""
+
+import os
+import signal
+import time
+
+import pytest
+
+import load
+import machine
+from arena import Arena
+from load import Load, client
+from pegaflow import GONE_LIMIT, Fleet, Reference
+from prompts import BLOCK, MAX_TOKENS, Exact, ask, full_chunks, leg, prompt
+
+HITS = "vllm:external_prefix_cache_hits_total"
+# 1 to 40 chunks, on and around chunk boundaries.
+LENGTHS = [32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 160, 255, 256, 257, 320, 321]
+LENGTHS += [500, 511, 512, 640, 900, 1000, 1279, 1280, 1281, 1, 5, 31]
+# A hand-off that waits for any of the timeouts (seconds to minutes) is above it.
+QUICK = 5.0
+
+
+def test_openai_client_gets_a_completion(fleet: Fleet, model: str):
+    reply = client(fleet.url).completions.create(model=model, prompt="The quick brown fox", max_tokens=16)
+    assert reply.choices[0].text
+    assert reply.usage.completion_tokens > 0
+
+
+def test_openai_client_gets_a_streamed_chat(fleet: Fleet, model: str):
+    messages = [{"role": "user", "content": "Tell me about water and hills, please. " * 10}]
+    api = client(fleet.url)
+    stream = api.chat.completions.create(model=model, messages=messages, max_tokens=16, stream=True)
+    chunks = [chunk for chunk in stream if chunk.choices]
+    assert len(chunks) > 4, "the answer came in one piece"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert chunks[-1].choices[0].finish_reason in ("length", "stop")
+
+
+def test_bit_exact_and_every_full_chunk_loaded(fleet: Fleet, reference: Reference, model: str):
+    prompts = [prompt(1, length) for length in LENGTHS]
+    chunks = sum(map(full_chunks, prompts))
+    assert sum(1 <= full_chunks(ids) <= 40 for ids in prompts) >= 20
+    expected = [ask(reference.url, ids, model=model) for ids in prompts]
+
+    hits = fleet.node_metric("decode", HITS)
+    loaded, saved = (fleet.metric(f"pegaflow_engine_{name}_chunks_total") for name in ("loaded", "saved"))
+    answers = [ask(fleet.url, ids, model=model) for ids in prompts]
+    differences = {
+        len(ids): answer.difference(right) for ids, answer, right in zip(prompts, answers, expected, strict=True)
+    }
+    print("difference by prompt length:", differences)
+    assert set(differences.values()) == {0.0}
+
+    # Of a prompt that is an exact multiple of the block, vLLM loads every block and recomputes its last
+    # token only; of any other, it loads every full block and recomputes the rest.
+    assert fleet.node_metric("decode", HITS) - hits == chunks * BLOCK
+    assert fleet.metric("pegaflow_engine_loaded_chunks_total") - loaded == chunks
+    assert fleet.metric("pegaflow_engine_saved_chunks_total") - saved == chunks
+
+    for answer in answers:
+        assert len(answer.tokens) == MAX_TOKENS
+        assert len(set(answer.tokens)) >= 20, f"repetitive output proves nothing: {answer.tokens}"
+    assert len({answer.tokens for answer in answers}) == len(answers), "different prompts, equal answers"
+
+
+def through_store(fleet: Fleet, model: str, seed: int, *, damage: bool) -> tuple[list[int], Exact]:
+    """A hand-off with both legs sent by hand, so that something can happen in between."""
+    ids = prompt(seed, 10 * BLOCK + 5)
+    handoff = f"test-{seed}"
+    with Arena(fleet.pid) as arena:
+        before, saved = arena.pages(), fleet.metric("pegaflow_engine_saved_chunks_total")
+        ask(fleet.node_url("prefill"), ids, model=model, max_tokens=1, **leg(handoff, "prefill"))
+        machine.wait_until(
+            lambda: fleet.metric("pegaflow_engine_saved_chunks_total") - saved == full_chunks(ids),
+            10,
+            "prefill has saved the prompt",
+        )
+        changed = arena.changed_since(before)
+        assert changed, "the arena did not change"
+        if damage:
+            # The arena begins with its header; the last page that changed is in a chunk.
+            arena.damage(changed[-1])
+    hits = fleet.node_metric("decode", HITS)
+    answer = ask(fleet.node_url("decode"), ids, model=model, **leg(handoff, "decode"))
+    assert fleet.node_metric("decode", HITS) - hits == full_chunks(ids) * BLOCK, "decode did not load it"
+    return ids, answer
+
+
+def test_control_an_undamaged_chunk_compares_equal(fleet: Fleet, reference: Reference, model: str):
+    ids, answer = through_store(fleet, model, 2, damage=False)
+    assert answer.difference(ask(reference.url, ids, model=model)) == 0.0
+
+
+def test_control_a_damaged_chunk_makes_the_comparison_fail(fleet: Fleet, reference: Reference, model: str):
+    ids, answer = through_store(fleet, model, 3, damage=True)
+    assert answer.difference(ask(reference.url, ids, model=model)) > 0.0
+
+
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 10 * BLOCK])
+def test_no_hand_off_waits_for_a_timeout(fleet: Fleet, model: str, length: int):
+    fallbacks = fleet.metric("pegaflow_router_fallbacks_total")
+    ids = prompt(4, length)
+    answers, seconds = [], []
+    for _ in range(3):
+        started = time.monotonic()
+        answers.append(ask(fleet.url, ids, model=model))
+        seconds.append(time.monotonic() - started)
+    print("seconds:", [round(value, 3) for value in seconds])
+    assert max(seconds) < QUICK
+    assert fleet.metric("pegaflow_router_fallbacks_total") == fallbacks
+    assert answers[0] == answers[1] == answers[2], "the same prompt, different answers"
+
+
+def test_200_concurrent_mixed_requests(fleet: Fleet, model: str):
+    served = fleet.node_metric("decode", "vllm:request_success_total")
+    endings = load.burst(fleet.url, model, 200, 16)
+    assert [ending.index for ending in endings] == list(range(200))
+    failed = [ending for ending in endings if not ending.complete]
+    assert not failed, failed[:5]
+    assert {ending.tokens for ending in endings} == {16}
+    assert len({ending.text for ending in endings}) > 190, "answers were mixed up"
+    # Every request was answered by decode once: none lost, none computed twice.
+    assert fleet.node_metric("decode", "vllm:request_success_total") - served == 200
+    assert fleet.metric("pegaflow_router_in_flight") == 0
+    print("slowest:", round(max(ending.seconds for ending in endings), 1), "s")
+
+
+def kill_leader_under_load(fleet: Fleet, model: str, name: str) -> list[load.Ending]:
+    """kill -9 of a node's API server; returns how the requests ended."""
+    node = fleet.node(name)
+    tree = machine.tree(node["pid"])
+    assert len(tree) >= 3, f"API server, EngineCore and worker: {machine.describe(tree)}"
+    shm_of_all = machine.shm_files()
+    with Load(fleet.url, model, workers=6, max_tokens=48) as running:
+        machine.wait_until(lambda: len(running.endings) >= 6, 120, "the load runs")
+        os.kill(node["pid"], signal.SIGKILL)
+        killed_at = len(running.endings)
+        seconds = fleet.wait_for_return(name, node["incarnation"])
+        machine.wait_until(lambda: len(running.endings) >= killed_at + 12, 120, "the load goes on")
+        endings = running.stop()
+    print(f"{name} was back after {seconds:.1f} s; {len(endings)} requests,", sum(e.lost for e in endings), "lost")
+    assert not {pid for pid in tree if machine.alive(pid)}, machine.describe(tree)
+    grown = machine.shm_files() - shm_of_all
+    assert len(machine.shm_files()) <= len(shm_of_all), f"new in /dev/shm: {grown}"
+    return endings
+
+
+def test_killed_prefill_leader_loses_nothing_and_returns(fleet: Fleet, model: str):
+    endings = kill_leader_under_load(fleet, model, "prefill")
+    failed = [ending for ending in endings if not ending.complete]
+    assert not failed, failed
+
+
+def test_killed_decode_leader_loses_nothing_unbegun_and_returns(fleet: Fleet, model: str):
+    endings = kill_leader_under_load(fleet, model, "decode")
+    lost = [ending for ending in endings if ending.lost]
+    assert not lost, lost
+    silent = [ending for ending in endings if "without an error" in ending.error]
+    assert not silent, f"streams that ended as if nothing had happened: {silent}"
+
+
+def test_bit_exact_again_after_the_restarts(fleet: Fleet, reference: Reference, model: str):
+    hits = fleet.node_metric("decode", HITS)
+    for length in (65, 640):
+        ids = prompt(5, length)
+        assert ask(fleet.url, ids, model=model).difference(ask(reference.url, ids, model=model)) == 0.0
+    assert fleet.node_metric("decode", HITS) - hits == (2 + 20) * BLOCK
+
+
+def test_killed_pegaflow_leaves_nothing_and_the_next_up_works(fleet: Fleet, reference: Reference, model: str):
+    # The reference's own shared memory is no leftover of pegaflow.
+    reference.close()
+    tree = machine.tree(fleet.pid)
+    assert len(tree) >= 9, machine.describe(tree)
+    os.kill(fleet.pid, signal.SIGKILL)
+    fleet.process.wait()
+    fleet.assert_nothing_left(tree, GONE_LIMIT)
+    print(f"ready again after {fleet.up():.1f} s")
+    assert client(fleet.url).completions.create(model=model, prompt="again " * 40, max_tokens=4).choices[0].text
+
+
+def test_sigterm_leaves_nothing(fleet: Fleet):
+    fleet.stop()
