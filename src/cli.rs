@@ -6,6 +6,7 @@ mod prepare;
 mod ready;
 mod up;
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -41,7 +42,7 @@ struct Target {
     /// The topology file, for example configs/1p1d.toml.
     topology: PathBuf,
     /// How log lines look on stderr.
-    #[arg(long, value_enum, default_value_t = LogFormat::Text, env = "PEGAFLOW_LOG_FORMAT")]
+    #[arg(long, value_enum, default_value_t = LogFormat::Human, env = "PEGAFLOW_LOG_FORMAT")]
     log_format: LogFormat,
 }
 
@@ -65,15 +66,24 @@ fn run<F>(target: &Target, command: impl FnOnce(Context) -> F) -> ExitCode
 where
     F: Future<Output = Result<(), Exit>>,
 {
-    let console = crate::observe::init(target.log_format);
+    let console = match crate::observe::init(target.log_format) {
+        Ok(console) => console,
+        Err(error) => {
+            // Nothing to log with yet.
+            let _ = writeln!(std::io::stderr(), "error: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
     let outcome = start(target, &console, command);
-    match outcome {
+    let code = match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(exit) => {
             console.print(&format!("error: {exit}"));
             exit.code()
         }
-    }
+    };
+    console.flush();
+    code
 }
 
 fn start<F>(

@@ -82,7 +82,7 @@ fn describe(info: Option<&InstanceInfo>) -> String {
     };
     let url = info.url.as_deref().unwrap_or("not ready yet");
     format!(
-        ": pid {}, {url}, {}; stop it with `pegaflow stop` or Ctrl-C there",
+        ": pid {}, {url}, {}; stop it with Ctrl-C there, or with SIGTERM to that pid",
         info.pid,
         info.topology.display()
     )
@@ -177,10 +177,20 @@ impl Instance {
         .map_err(InstanceError::io(&path))
     }
 
-    /// Writes the embedded Python packages and returns the directory for PYTHONPATH.
+    /// Where PegaEngine listens.
+    pub fn engine_socket(&self) -> PathBuf {
+        self.dir.join("engine.sock")
+    }
+
+    /// Where [`Instance::unpack_shim`] writes: the nodes' PYTHONPATH.
+    pub fn shim_dir(&self) -> PathBuf {
+        self.dir.join("shim")
+    }
+
+    /// Writes the embedded Python packages to [`Instance::shim_dir`].
     pub fn unpack_shim(&self) -> Result<PathBuf, InstanceError> {
-        let target = self.dir.join("shim");
-        shim::unpack(&target).map_err(InstanceError::io(&target))?;
+        let target = self.shim_dir();
+        unpack_shim(&target)?;
         Ok(target)
     }
 
@@ -206,6 +216,11 @@ impl Drop for Instance {
             tracing::warn!("the run directory was not removed: {error}");
         }
     }
+}
+
+/// Writes the embedded Python packages into a directory of the caller's choice.
+pub fn unpack_shim(target: &Path) -> Result<(), InstanceError> {
+    shim::unpack(target).map_err(InstanceError::io(target))
 }
 
 /// Who runs under a name, if anybody does; for `status`, `stop` and the like. Changes nothing.

@@ -28,7 +28,7 @@ pub use sink::Style;
 pub const LOG_VARIABLE: &str = "PEGAFLOW_LOG";
 
 /// How log lines and everything else on stderr look.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum LogFormat {
     /// For a person.
     #[default]

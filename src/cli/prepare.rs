@@ -6,16 +6,16 @@ use super::{Context, Exit};
 use crate::host::{self, HostSnapshot};
 use crate::instance::{self, Instance};
 use crate::model;
-use crate::plan::{Launcher, ModelFacts, Plan, PlanInputs};
+use crate::plan::{Plan, PlanInputs};
 use crate::runtime::{self, Runtime};
-use crate::topology::{self, Topology};
+use crate::topology::{self, Launcher, ModelFacts, Topology};
 
 /// `pegaflow prepare`: does the slow, once-only part of `up`, and prints where things are.
 pub async fn prepare(cx: Context) -> Result<(), Exit> {
     let topology = load(&cx.topology)?;
     let shim = tempdir(&topology)?;
     let outcome = async {
-        instance::unpack_shim_into(&shim).map_err(|e| Exit::Failed(e.into()))?;
+        instance::unpack_shim(&shim).map_err(|e| Exit::Failed(e.into()))?;
         install(&cx, &topology, &shim).await
     }
     .await;

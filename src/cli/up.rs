@@ -11,6 +11,7 @@
 //! stop, then the engine (whose arena they had mapped), then the run directory goes.
 
 use std::collections::HashMap;
+use std::io::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,11 +26,12 @@ use crate::engine::{Engine, EngineConfig};
 use crate::fleet::{FleetPublisher, FleetWatch, NodeId, NodeView};
 use crate::handoff::HandoffBoard;
 use crate::host::HostSnapshot;
-use crate::instance::{Instance, InstanceInfo};
+use crate::instance::{Instance, InstanceError, InstanceInfo};
+use crate::observe::Console;
 use crate::plan::Plan;
 use crate::router::{self, RouterDeps, RouterMetrics};
 use crate::shutdown::Shutdown;
-use crate::supervise::{self, CanaryPlan, SupervisorDeps};
+use crate::supervise::{self, CanaryPlan, LogSink, SupervisorDeps};
 
 /// How long the engine's thread may take to end once its sessions are gone.
 const ENGINE_STOP: Duration = Duration::from_secs(5);
@@ -40,12 +42,10 @@ const PARTNER_GRACE: Duration = Duration::from_secs(60);
 
 pub async fn up(cx: Context) -> Result<(), Exit> {
     let topology = load(&cx.topology)?;
-    let instance = Instance::acquire(&topology.name).map_err(|error| {
-        if error.is_running() {
-            Exit::Running(error.into())
-        } else {
-            Exit::Machine(error.into())
-        }
+    let mut info = InstanceInfo::starting(&cx.topology);
+    let mut instance = Instance::acquire(&topology.name, &info).map_err(|error| match error {
+        InstanceError::AlreadyRunning { .. } => Exit::Running(error.into()),
+        _ => Exit::Machine(error.into()),
     })?;
     let listen = topology.router.listen;
     let listener = TcpListener::bind(listen).await.map_err(|error| {
@@ -53,11 +53,15 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
             format!("cannot listen on [router] listen = \"{listen}\"; is another server there?");
         Exit::Machine(anyhow::Error::new(error).context(what))
     })?;
+    info.url = Some(format!("http://{listen}"));
     instance
-        .set_info(&InstanceInfo::new(format!("http://{listen}"), &cx.topology))
+        .set_info(&info)
         .map_err(|error| Exit::Machine(error.into()))?;
 
-    let host = HostSnapshot::take().map_err(|error| Exit::Machine(error.into()))?;
+    let host = tokio::task::spawn_blocking(HostSnapshot::take)
+        .await
+        .map_err(|error| Exit::failed("looking at the machine panicked", error))?
+        .map_err(|error| Exit::Machine(error.into()))?;
     let token = format!("{:032x}", rand::random::<u128>());
     let run = Run {
         topology: &topology,
@@ -77,8 +81,9 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
     cx.console.print(&plan.table());
 
     let outcome = serve(&cx, &plan, listener, &instance, token).await;
-    instance.release();
-    outcome
+    let released = instance.release();
+    outcome?;
+    released.map_err(|error| Exit::failed("the run directory was not removed", error))
 }
 
 /// Runs the plan until it is told to stop, and takes everything down again.
@@ -111,7 +116,7 @@ async fn serve(
         run_dir: instance.dir().to_owned(),
         guard_program: std::env::current_exe()
             .map_err(|error| Exit::failed("cannot find pegaflow's own program", error))?,
-        console: Arc::new(cx.console.clone()),
+        console: Arc::new(NodeLines(cx.console.clone())),
     };
     let router = RouterDeps {
         plan: plan.router.clone(),
@@ -229,10 +234,30 @@ async fn watch_start(
         Start::Ready | Start::Waiting => {}
     }
     let snapshot = fleet.borrow().clone();
-    cx.console
-        .banner(&ready::banner(plan, &snapshot, instance.log_dir()));
+    announce(
+        &cx.console,
+        &ready::banner(plan, &snapshot, instance.log_dir()),
+    );
     end.cancelled().await;
     Ok(())
+}
+
+/// The banner goes to stdout, for the person and for scripts that wait for it; all else is on stderr.
+fn announce(console: &Console, banner: &str) {
+    console.flush();
+    let mut stdout = std::io::stdout().lock();
+    // A closed stdout is no reason to stop serving.
+    let _ = writeln!(stdout, "\n{banner}");
+    let _ = stdout.flush();
+}
+
+/// The nodes' output on pegaflow's console.
+struct NodeLines(Console);
+
+impl LogSink for NodeLines {
+    fn line(&self, node: &NodeId, line: &str) {
+        self.0.node_line(node.as_str(), line);
+    }
 }
 
 /// Tells the engine which incarnations have no process left, so that their slots can be reused.

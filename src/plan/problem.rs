@@ -87,6 +87,22 @@ pub enum PlanProblem {
     TooFewPorts { wanted: usize, given: usize },
 }
 
+impl PlanProblem {
+    /// The topology is sound; this machine has too little for it.
+    fn lacks_machine(&self) -> bool {
+        !matches!(self, Self::DoubleBooked { .. } | Self::MlaOnCpu { .. })
+    }
+}
+
+impl PlanErrors {
+    /// Another machine could run this topology: nothing in the file itself is wrong.
+    pub fn lacks_machine(&self) -> bool {
+        self.problems
+            .iter()
+            .all(|problem| problem.kind.lacks_machine())
+    }
+}
+
 /// What the plan's parts find.
 #[derive(Debug, Default)]
 pub(super) struct Found {

@@ -1,0 +1,238 @@
+"""Worker side: copies KV blocks between this rank's cache and its rows of the arena.
+
+A chunk is one block of one KV group. Its row holds the pages of the group's layers one after another, so a row
+is as wide as the widest group. Copies are synchronous. A store is committed as soon as it is copied; a load
+whose slot changed owner before or during the copy, or that cannot be done at all, is reported as failed.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult
+
+from pegaflow_vllm.arena import Arena, parse_refs
+from pegaflow_vllm.client import Client
+from pegaflow_vllm.guard import guarded, report
+from pegaflow_vllm.manager import ChunkSpec
+from pegaflow_vllm.protocol import Commit, Discard, Loaded
+
+REMEMBERED_STORES = 65536
+
+
+@dataclass(frozen=True)
+class Page:
+    """One layer's share of a chunk: `tensor` is (blocks, bytes) in int8, `start` its place in the row."""
+
+    tensor: torch.Tensor
+    start: int
+    size: int
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.start, self.start + self.size)
+
+
+class Layout:
+    """Where the layers of each KV group lie in a row."""
+
+    def __init__(self, kv_caches: Any):
+        self.groups: list[list[Page]] = []
+        for refs in kv_caches.group_data_refs:
+            pages: list[Page] = []
+            start = 0
+            seen: set[int] = set()
+            for ref in refs:
+                if ref.tensor_idx in seen:
+                    continue
+                seen.add(ref.tensor_idx)
+                tensor = kv_caches.tensors[ref.tensor_idx].tensor
+                if tensor.ndim != 2 or tensor.element_size() != 1 or tensor.shape[1] < ref.page_size_bytes:
+                    raise ValueError(
+                        f"KV tensor {ref.tensor_idx} is {tuple(tensor.shape)} {tensor.dtype}, not (blocks, "
+                        f"{ref.page_size_bytes}) bytes: this vLLM or model is not supported"
+                    )
+                pages.append(Page(tensor, start, ref.page_size_bytes))
+                start += ref.page_size_bytes
+            self.groups.append(pages)
+        self.group_bytes = [sum(page.size for page in pages) for pages in self.groups]
+        self.row_bytes = max(self.group_bytes, default=0)
+
+
+@dataclass
+class Failures:
+    jobs: set[int] = field(default_factory=set)
+    blocks: set[int] = field(default_factory=set)
+
+
+class Worker(OffloadingWorker):
+    def __init__(self, layout: Layout, client: Client):
+        self._layout = layout
+        self._client = client
+        self._arena: Arena | None = None
+        self._done: list[TransferResult] = []
+        self._stored: dict[int, None] = {}
+        self._failures = Failures()
+        session = client.session
+        if session is not None and session.arena is not None:
+            try:
+                self._arena = Arena(session.arena, session.welcome, layout.row_bytes)
+            except ValueError as error:
+                report("arena", "%s; this worker goes on without the store", error)
+                client.close()
+
+    # -- called by vLLM
+
+    def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any, **_: Any) -> bool:
+        if job_id in self._stored:  # vLLM 0.26 submits an early job once more
+            return True
+        self._stored[job_id] = None
+        if len(self._stored) > REMEMBERED_STORES:
+            del self._stored[next(iter(self._stored))]
+        start = time.perf_counter()
+        size = self._store(src_spec, dst_spec, start) or 0
+        self._done.append(TransferResult(job_id, True, size, time.perf_counter() - start))
+        return True
+
+    def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any, **_: Any) -> bool:
+        start = time.perf_counter()
+        size = self._load(src_spec, dst_spec)
+        seconds = time.perf_counter() - start
+        if size is None:
+            self._failures.jobs.add(job_id)
+            self._failures.blocks.update(int(block) for block in dst_spec.block_ids)
+        self._tell_loaded(src_spec, size, seconds)
+        # A load that failed must finish like any other: vLLM asserts success here.
+        self._done.append(TransferResult(job_id, True, size or 0, seconds))
+        return True
+
+    def get_finished(self) -> list[TransferResult]:
+        done, self._done = self._done, []
+        return done
+
+    def wait(self, job_ids: set[int]) -> None:
+        """Copies are done when they are submitted."""
+
+    def shutdown(self) -> None:
+        self._client.close()
+
+    # -- called by the connector
+
+    def take_failures(self) -> Failures:
+        """Load jobs that failed since the last call, and the blocks they should have filled."""
+        failures, self._failures = self._failures, Failures()
+        return failures
+
+    @guarded()
+    def discard(self, refs: bytes) -> None:
+        """Gives up chunks that were granted to this node and will not be written."""
+        self._client.send(Discard(refs=refs))
+
+    # -- inside
+
+    @guarded()
+    def _store(self, src_spec: Any, dst_spec: ChunkSpec, start: float) -> int | None:
+        size = self._copy_out(src_spec, dst_spec)
+        if size is None:
+            self._client.send(Discard(refs=dst_spec.refs))
+            return None
+        micros = int((time.perf_counter() - start) * 1e6)
+        self._client.send(Commit(refs=dst_spec.refs, bytes=size, micros=micros))
+        return size
+
+    @guarded()
+    def _copy_out(self, src_spec: Any, dst_spec: ChunkSpec) -> int | None:
+        arena, refs = self._arena, parse_refs(dst_spec.refs)
+        slots = self._usable(arena, dst_spec, refs)
+        if arena is None or slots is None:
+            report("store", "a store of %d chunks names slots that are not ours", len(refs))
+            return None
+        size = 0
+        for group, blocks, chunk_slots in self._by_group(src_spec, slots):
+            for page in self._layout.groups[group]:
+                _copy_to_rows(page, blocks, arena.rows, chunk_slots)
+            size += self._layout.group_bytes[group] * len(blocks)
+        return size
+
+    @guarded()
+    def _load(self, src_spec: ChunkSpec, dst_spec: Any) -> int | None:
+        arena, refs = self._arena, parse_refs(src_spec.refs)
+        slots = self._usable(arena, src_spec, refs)
+        if arena is None or slots is None:
+            report("load", "a load of %d chunks lost its lease", len(refs))
+            return None
+        size = 0
+        for group, blocks, chunk_slots in self._by_group(dst_spec, slots):
+            for page in self._layout.groups[group]:
+                _copy_from_rows(page, blocks, arena.rows, chunk_slots)
+            size += self._layout.group_bytes[group] * len(blocks)
+        if not arena.current(slots, refs):
+            report("load", "a load of %d chunks was overtaken by new owners of its slots", len(refs))
+            return None
+        return size
+
+    @staticmethod
+    def _usable(arena: Arena | None, spec: ChunkSpec, refs: np.ndarray) -> np.ndarray | None:
+        # Epoch 0: the scheduler's session opened before any arena existed.
+        if arena is None or spec.epoch not in (0, arena.epoch):
+            return None
+        return arena.slots_of(refs)
+
+    def _by_group(self, blocks_spec: Any, slots: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """Splits blocks and slots, both ordered by group, into (group, blocks, slots)."""
+        blocks = np.asarray(blocks_spec.block_ids, dtype=np.int64)
+        sizes: Sequence[int] = getattr(blocks_spec, "group_sizes", None) or [len(blocks)]
+        if len(blocks) != len(slots) or sum(sizes) != len(blocks) or len(sizes) > len(self._layout.groups):
+            raise ValueError(f"{len(blocks)} blocks in groups {list(sizes)} do not match {len(slots)} chunks")
+        parts = []
+        at = 0
+        for group, count in enumerate(sizes):
+            if count:
+                parts.append((group, blocks[at : at + count], slots[at : at + count]))
+            at += count
+        return parts
+
+    @guarded()
+    def _tell_loaded(self, spec: ChunkSpec, size: int | None, seconds: float) -> None:
+        count = len(parse_refs(spec.refs))
+        self._client.send(
+            Loaded(
+                chunks=0 if size is None else count,
+                bytes=size or 0,
+                micros=int(seconds * 1e6),
+                failed=count if size is None else 0,
+            )
+        )
+
+
+def _runs(blocks: np.ndarray, slots: np.ndarray) -> list[tuple[int, int, int]]:
+    """(first block, first slot, length) of every stretch where both ascend by one."""
+    breaks = np.flatnonzero((np.diff(blocks) != 1) | (np.diff(slots) != 1)) + 1
+    starts = np.concatenate(([0], breaks))
+    lengths = np.diff(np.concatenate((starts, [len(blocks)])))
+    return [(int(blocks[at]), int(slots[at]), int(n)) for at, n in zip(starts, lengths, strict=True)]
+
+
+def _copy_to_rows(page: Page, blocks: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
+    cells = rows[:, page.columns]
+    if page.tensor.device.type == "cpu":
+        cache = page.tensor.numpy()
+        for block, slot, count in _runs(blocks, slots):
+            cells[slot : slot + count] = cache[block : block + count, : page.size]
+        return
+    index = torch.from_numpy(blocks).to(page.tensor.device)
+    cells[slots] = page.tensor[:, : page.size].index_select(0, index).cpu().numpy()
+
+
+def _copy_from_rows(page: Page, blocks: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
+    cells = rows[:, page.columns]
+    if page.tensor.device.type == "cpu":
+        cache = page.tensor.numpy()
+        for block, slot, count in _runs(blocks, slots):
+            cache[block : block + count, : page.size] = cells[slot : slot + count]
+        return
+    index = torch.from_numpy(blocks).to(page.tensor.device)
+    page.tensor[:, : page.size].index_copy_(0, index, torch.from_numpy(cells[slots]).to(page.tensor.device))

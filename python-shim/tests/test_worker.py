@@ -1,0 +1,202 @@
+import numpy as np
+import pytest
+import torch
+from vllm.v1.kv_offload.base import (
+    CanonicalKVCacheRef,
+    CanonicalKVCaches,
+    CanonicalKVCacheTensor,
+    GPULoadStoreSpec,
+)
+
+from conftest import hello
+from pegaflow_vllm import protocol
+from pegaflow_vllm.client import Client
+from pegaflow_vllm.manager import ChunkSpec
+from pegaflow_vllm.protocol import Commit, Discard, Loaded
+from pegaflow_vllm.worker import Layout, Worker
+from toy_engine import EPOCH
+
+BLOCKS = 12
+
+
+def random_tensor(size: int, stride: int | None = None, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.randint(-128, 128, (BLOCKS, stride or size), dtype=torch.int8, generator=generator)
+    return whole[:, :size]
+
+
+def caches(groups: list[list[torch.Tensor]]) -> CanonicalKVCaches:
+    tensors, refs = [], []
+    for group in groups:
+        refs.append([])
+        for tensor in group:
+            refs[-1].append(CanonicalKVCacheRef(len(tensors), tensor.shape[1]))
+            tensors.append(CanonicalKVCacheTensor(tensor, tensor.shape[1]))
+    return CanonicalKVCaches(tensors, refs)
+
+
+def blocks(*groups: list[int]) -> GPULoadStoreSpec:
+    flat = [block for group in groups for block in group]
+    return GPULoadStoreSpec(flat, [len(group) for group in groups], [0] * len(groups))
+
+
+def chunks(engine, slots: list[int], generation: int = 1, epoch: int = EPOCH) -> ChunkSpec:
+    for slot in slots:
+        if slot < engine.slots:
+            engine.spaces[0].generations[slot] = 1
+    refs = np.array([(slot, generation) for slot in slots], dtype=protocol.REF_DTYPE).tobytes()
+    return ChunkSpec(epoch, refs)
+
+
+@pytest.fixture
+def worker_over(engine):
+    """Makes a worker, connected as one rank, over KV tensors per group."""
+    made = []
+
+    def make(groups, rank: int = 0, world: int = 1) -> Worker:
+        layout = Layout(caches(groups))
+        client = Client(engine.path, call_timeout=10.0)
+        assert client.connect(hello("worker", rank=rank, world=world, row_bytes=layout.row_bytes))
+        made.append(client)
+        return Worker(layout, client)
+
+    yield make
+    for client in made:
+        client.close()
+
+
+# Blocks and slots in stretches, alone, backwards.
+SHAPES = [([3], [0]), ([2, 3, 4], [5, 6, 7]), ([9, 1, 2, 7], [3, 8, 9, 4]), ([5, 4, 3], [1, 0, 2])]
+
+
+@pytest.mark.parametrize(("source", "slots"), SHAPES)
+@pytest.mark.parametrize("stride", [None, 96], ids=["contiguous", "padded"])
+def test_what_was_stored_is_loaded_bit_exact(engine, worker_over, source, slots, stride):
+    layers = [random_tensor(32, stride, 1), random_tensor(48, stride, 2)]
+    kept = [layer.clone() for layer in layers]
+    worker = worker_over([layers])
+    assert worker.submit_store(1, blocks(source), chunks(engine, slots))
+    assert all(torch.equal(layer, copy) for layer, copy in zip(layers, kept, strict=True))
+
+    for layer in layers:
+        layer.zero_()
+    target = [(block + 1) % BLOCKS for block in source]
+    assert worker.submit_load(2, chunks(engine, slots), blocks(target))
+    for layer, copy in zip(layers, kept, strict=True):
+        assert torch.equal(layer[target], copy[source])
+        others = [block for block in range(BLOCKS) if block not in target]
+        assert not layer[others].any()
+    assert not worker.take_failures().jobs
+    assert [(r.job_id, r.success, r.transfer_size) for r in worker.get_finished()] == [
+        (1, True, 80 * len(source)),
+        (2, True, 80 * len(source)),
+    ]
+    assert worker.get_finished() == []
+
+
+def test_groups_of_unlike_width_share_the_arena(engine, worker_over):
+    wide, narrow = [random_tensor(40, seed=1), random_tensor(40, seed=2)], [random_tensor(24, seed=3)]
+    worker = worker_over([wide, narrow])
+    assert engine.spaces[0].row_bytes == 80
+    kept = [tensor.clone() for tensor in wide + narrow]
+    worker.submit_store(1, blocks([1, 2], [5, 0, 3]), chunks(engine, [0, 1, 2, 3, 4]))
+    for tensor in wide + narrow:
+        tensor.zero_()
+    # Another request: only the last two chunks of the second group and the first of the first.
+    worker.submit_load(2, chunks(engine, [0, 3, 4]), blocks([7], [8, 9]))
+    for tensor, copy in zip(wide, kept, strict=False):
+        assert torch.equal(tensor[7], copy[1])
+    assert torch.equal(narrow[0][[8, 9]], kept[2][[0, 3]])
+    worker.submit_load(3, chunks(engine, [2]), blocks([], [4]))
+    assert torch.equal(narrow[0][4], kept[2][5])
+    assert not worker.take_failures().jobs
+
+
+def test_ranks_keep_to_their_own_part_of_a_row(engine, worker_over):
+    first, second = random_tensor(32, seed=1), random_tensor(32, seed=2)
+    ranks = [worker_over([[first]], 0, 2), worker_over([[second]], 1, 2)]
+    for rank in ranks:
+        rank.submit_store(1, blocks([4]), chunks(engine, [6]))
+    kept = first[4].clone(), second[4].clone()
+    for rank in ranks:
+        rank.submit_load(2, chunks(engine, [6]), blocks([0]))
+    assert torch.equal(first[0], kept[0])
+    assert torch.equal(second[0], kept[1])
+
+
+def test_a_store_is_committed_at_once_and_only_once(engine, worker_over):
+    worker = worker_over([[random_tensor(32)]])
+    spec = chunks(engine, [1, 2])
+    worker.submit_store(1, blocks([3, 4]), spec)
+    worker.submit_store(1, blocks([3, 4]), spec)
+    worker.submit_load(2, spec, blocks([5, 6]))
+    engine.wait_for(Loaded)
+    (commit,) = engine.of(Commit)
+    assert (commit.refs, commit.bytes) == (spec.refs, 64)
+    assert [result.job_id for result in worker.get_finished()] == [1, 2]
+
+
+@pytest.mark.parametrize("why", ["generation", "epoch", "lost", "count"])
+def test_a_load_that_cannot_be_trusted_fails_but_finishes(engine, worker_over, why):
+    layer = random_tensor(32)
+    worker = worker_over([[layer]])
+    kept = layer.clone()
+    spec = {
+        "generation": lambda: chunks(engine, [1, 2], generation=9),
+        "epoch": lambda: chunks(engine, [1, 2], epoch=EPOCH + 1),
+        "lost": lambda: chunks(engine, [1, protocol.NO_SLOT]),
+        "count": lambda: chunks(engine, [1]),
+    }[why]()
+    assert worker.submit_load(4, spec, blocks([3, 5]), expedited=False)
+    assert torch.equal(layer, kept)
+    assert [(result.job_id, result.success) for result in worker.get_finished()] == [(4, True)]
+    failures = worker.take_failures()
+    assert (failures.jobs, failures.blocks) == ({4}, {3, 5})
+    assert not worker.take_failures().jobs
+    (loaded,) = engine.wait_for(Loaded)
+    assert loaded.failed == len(spec.refs) // 8
+    assert loaded.chunks == 0
+
+
+def test_a_slot_that_changes_hands_during_the_copy_fails_the_load(engine, worker_over, monkeypatch):
+    layer = random_tensor(32)
+    worker = worker_over([[layer]])
+    spec = chunks(engine, [1])
+    real = worker._by_group
+
+    def overtaken(*args):
+        engine.spaces[0].generations[1] = 2
+        return real(*args)
+
+    monkeypatch.setattr(worker, "_by_group", overtaken)
+    worker.submit_load(4, spec, blocks([3]))
+    assert worker.take_failures().jobs == {4}
+
+
+def test_a_store_into_slots_of_others_is_discarded(engine, worker_over):
+    worker = worker_over([[random_tensor(32)]])
+    spec = chunks(engine, [1, 2], generation=9)
+    worker.submit_store(1, blocks([3, 4]), spec)
+    assert engine.wait_for(Discard)[0].refs == spec.refs
+    assert not np.frombuffer(engine.spaces[0].arena, dtype=np.int8)[engine.spaces[0].header_bytes :].any()
+    assert [result.success for result in worker.get_finished()] == [True]
+
+
+def test_orphans_are_discarded(engine, worker_over):
+    worker_over([[random_tensor(32)]]).discard(b"REFSREFS")
+    assert engine.wait_for(Discard)[0].refs == b"REFSREFS"
+
+
+def test_without_an_engine_stores_vanish_and_loads_fail(socket_path):
+    worker = Worker(Layout(caches([[random_tensor(32)]])), Client(socket_path, 0.05))
+    spec = ChunkSpec(EPOCH, bytes(8))
+    worker.submit_store(1, blocks([3]), spec)
+    worker.submit_load(2, spec, blocks([3]))
+    assert [(result.job_id, result.success) for result in worker.get_finished()] == [(1, True), (2, True)]
+    assert worker.take_failures().jobs == {2}
+
+
+def test_a_tensor_that_is_not_bytes_is_refused():
+    kv = CanonicalKVCaches([CanonicalKVCacheTensor(torch.zeros(4, 8), 32)], [[CanonicalKVCacheRef(0, 32)]])
+    with pytest.raises(ValueError, match="not supported"):
+        Layout(kv)
