@@ -75,7 +75,7 @@ class Fleet:
         return self.process.pid
 
     def node(self, name: str) -> dict:
-        return httpx.get(f"{self.url}/status", timeout=30).json()["nodes"][name]
+        return httpx.get(f"{self.url}/status", timeout=30).json()["fleet"]["nodes"][name]
 
     def node_url(self, name: str) -> str:
         return f"http://{self.node(name)['addr']}"
