@@ -223,3 +223,67 @@ fn epoch_now() -> u64 {
         u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handoff::{HandoffFailure, HandoffId, HandoffOutcome};
+
+    const LIMIT: Duration = Duration::from_secs(10);
+    const DOWN: HandoffOutcome = HandoffOutcome::Failed(HandoffFailure::EngineDown);
+
+    fn engine(dir: &Path, board: HandoffBoard) -> Engine {
+        let config = EngineConfig {
+            socket_path: dir.join("engine.sock"),
+            token: "t".into(),
+            capacity: 1 << 20,
+            handoff_deadline: LIMIT,
+        };
+        Engine::start(config, board, &mut Registry::default()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_panic_in_the_store_turns_it_off_and_wakes_everybody() {
+        let dir = tempfile::tempdir().unwrap();
+        let board = HandoffBoard::default();
+        let engine = engine(dir.path(), board.clone());
+        let mut ticket = board.register(HandoffId::random());
+        let mut peer = UnixStream::connect(&engine.socket_path).unwrap();
+        peer.set_read_timeout(Some(LIMIT)).unwrap();
+        assert!(engine.is_running());
+
+        let broken = std::panic::catch_unwind(AssertUnwindSafe(|| {
+            engine.shared.with(|_| panic!("on purpose"))
+        }));
+        assert!(broken.is_err());
+        let outcome = tokio::time::timeout(LIMIT, ticket.settled()).await.unwrap();
+        assert_eq!(outcome, DOWN);
+        assert!(!engine.is_running());
+        let end = io::Read::read(&mut peer, &mut [0; 1]).unwrap();
+        assert_eq!(end, 0, "its sessions are closed");
+        engine.incarnation_gone(&"p".into(), 1);
+        assert_eq!(engine.stats().slots, 0);
+        engine.shutdown(LIMIT).await;
+    }
+
+    #[tokio::test]
+    async fn a_panic_of_the_engine_itself_is_caught() {
+        let dir = tempfile::tempdir().unwrap();
+        let board = HandoffBoard::default();
+        let engine = engine(dir.path(), board.clone());
+        let mut ticket = board.register(HandoffId::random());
+        guarded(async { panic!("on purpose") }, &engine.shared).await;
+        assert_eq!(ticket.settled_within(LIMIT).await, DOWN);
+        assert!(!engine.is_running());
+    }
+
+    #[tokio::test]
+    async fn an_orderly_end_fails_what_still_waits() {
+        let dir = tempfile::tempdir().unwrap();
+        let board = HandoffBoard::default();
+        let engine = engine(dir.path(), board.clone());
+        let mut ticket = board.register(HandoffId::random());
+        engine.shutdown(LIMIT).await;
+        assert_eq!(ticket.settled_within(LIMIT).await, DOWN);
+    }
+}

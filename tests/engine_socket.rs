@@ -25,7 +25,7 @@ use pegaflow::handoff::{
 use prometheus_client::registry::Registry;
 use serde_bytes::ByteBuf;
 
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(20);
 const ROW: u64 = 1000;
 
 struct Fixture {
@@ -80,7 +80,7 @@ impl Fixture {
     }
 
     /// Waits until the engine has seen what was sent without an answer.
-    fn until(&self, what: &str, done: impl Fn(&Self) -> bool) {
+    fn until(&self, what: &str, mut done: impl FnMut(&Self) -> bool) {
         let started = Instant::now();
         while !done(self) {
             assert!(started.elapsed() < LIMIT, "never: {what}");
@@ -466,4 +466,26 @@ async fn the_socket_is_private_stale_ones_are_replaced_and_shutdown_removes_it()
 
     std::fs::write(&socket, "mine").unwrap();
     assert!(matches!(start(), Err(EngineError::NotASocket(_))));
+}
+
+#[test]
+fn a_peer_that_does_not_read_its_answers_is_closed_while_others_are_served() {
+    let fixture = Fixture::new();
+    let mut good = fixture.join("p", SessionKind::Scheduler);
+    let mut slow = fixture.join("d", SessionKind::Scheduler);
+    let lookup = M::Lookup(pegaflow::engine::protocol::KeyQuery {
+        seq: 1,
+        request: "r".into(),
+        handoff: None,
+        keys: ByteBuf::from(vec![7; 36 * 20_000]),
+        key_len: 36,
+    });
+    let flood = std::thread::spawn(move || while slow.send(&lookup).is_ok() {});
+    let k1 = key(1);
+    fixture.until("closed", |f| {
+        good.lookup(query(&[&k1], None)).unwrap();
+        f.engine.stats().sessions.len() == 1
+    });
+    flood.join().unwrap();
+    assert_eq!(fixture.engine.stats().counters.sessions_broken, 1);
 }

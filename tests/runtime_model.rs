@@ -98,6 +98,16 @@ async fn the_builtin_model_is_generated_once_and_whole() {
 
 #[tokio::test]
 async fn a_hub_model_is_downloaded_by_the_runtimes_python() {
+    if std::env::var_os("HF_HUB_OFFLINE").is_some() {
+        // This process cannot change its environment safely; another one starts without it.
+        let test = "a_hub_model_is_downloaded_by_the_runtimes_python";
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", test])
+            .env_remove("HF_HUB_OFFLINE")
+            .status();
+        assert!(status.unwrap().success());
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let snapshot = dir.path().join("models--o--n/snapshots/c0ffee");
     fs::create_dir_all(&snapshot).unwrap();
@@ -156,4 +166,26 @@ async fn the_real_builtin_model_has_the_same_bytes_on_every_run() {
     }
     assert!(runs[0].1.len() >= 5);
     assert!(runs[0] == runs[1], "two runs made different files");
+}
+
+#[tokio::test]
+async fn offline_means_no_download() {
+    if std::env::var_os("HF_HUB_OFFLINE").is_none_or(|value| value != "1") {
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "offline_means_no_download"])
+            .env("HF_HUB_OFFLINE", "1")
+            .env("HF_HUB_CACHE", "/nowhere")
+            .status();
+        assert!(status.unwrap().success());
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let never = python(dir.path(), "touch $(dirname $0)/called; exit 1");
+    let model = ModelRef::HuggingFace("o/not-cached".into());
+    let token = CancellationToken::new();
+    let facts = resolve(&model, &runtime(Some(&never)), &shim(), &NoProgress, &token)
+        .await
+        .unwrap();
+    assert_eq!(facts.load_from, "o/not-cached");
+    assert!(!dir.path().join("called").exists());
 }

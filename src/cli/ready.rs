@@ -1,8 +1,7 @@
-//! Watches the fleet on behalf of the person at the terminal: says what changes, prints the banner
-//! once, and notices when a start has failed for good.
+//! Watches the fleet on behalf of the person at the terminal: writes the banner once, and notices
+//! when a start has failed for good.
 
 use std::fmt::Write as _;
-use std::sync::Arc;
 
 use crate::fleet::{FleetSnapshot, FleetWatch, KvTrust, Phase, Role};
 use crate::plan::Plan;
@@ -57,31 +56,6 @@ pub async fn started(mut fleet: FleetWatch) -> Start {
         }
         if fleet.changed().await.is_err() {
             return Start::Failed(vec!["the supervisor ended".into()]);
-        }
-    }
-}
-
-/// Logs each change of a node's phase until the supervisor is gone.
-pub async fn narrate(mut fleet: FleetWatch) {
-    let mut last: Arc<FleetSnapshot> = Arc::default();
-    loop {
-        let now = fleet.borrow_and_update().clone();
-        for node in now.nodes() {
-            let before = last.node(&node.id);
-            if before.is_some_and(|old| old.phase == node.phase && old.trust == node.trust) {
-                continue;
-            }
-            let reason = node.reason.as_deref().unwrap_or("");
-            match node.phase {
-                Phase::Backoff { .. } | Phase::CrashLoop | Phase::Failed | Phase::Unreachable => {
-                    tracing::warn!(node = %node.id, phase = node.phase.label(), "{reason}");
-                }
-                _ => tracing::info!(node = %node.id, phase = node.phase.label(), "{reason}"),
-            }
-        }
-        last = now;
-        if fleet.changed().await.is_err() {
-            return;
         }
     }
 }
@@ -152,6 +126,7 @@ mod tests {
     use super::*;
     use crate::fleet::{FleetPublisher, NodeView};
     use std::net::SocketAddr;
+    use std::sync::Arc;
 
     fn fleet(nodes: &[(&str, Role, Phase, KvTrust)]) -> Arc<FleetSnapshot> {
         let addr = SocketAddr::from(([127, 0, 0, 1], 1));

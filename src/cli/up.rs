@@ -129,7 +129,6 @@ async fn serve(
     let supervisor = part(cx, supervise::run(supervisor, nodes.clone()));
     let router = part(cx, router::serve(listener, router, cx.shutdown.clone()));
     let mut helpers = JoinSet::new();
-    helpers.spawn(ready::narrate(fleet.watch()));
     helpers.spawn(pass_on_force(cx.shutdown.clone(), nodes.clone()));
     if let Some(engine) = &engine {
         helpers.spawn(forget_the_gone(engine.clone(), fleet.watch()));

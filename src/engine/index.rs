@@ -16,6 +16,8 @@
 //! A slot's generation rises whenever a chunk leaves it, so (slot, generation) names one chunk for
 //! ever, and whoever holds a stale ref is refused.
 
+#[cfg(test)]
+mod check;
 mod chunk;
 
 use std::collections::{BTreeSet, HashMap};

@@ -212,7 +212,10 @@ pub async fn serve(listener: UnixListener, shared: Arc<Shared>) -> Result<(), Jo
         tokio::select! {
             () = shared.stop.cancelled() => break Ok(()),
             _ = tick.tick() => {
-                shared.with(|store| store.expire(Instant::now()));
+                if shared.with(|store| store.expire(Instant::now())).is_none() {
+                    tracing::error!("a change of the store panicked half way");
+                    break Ok(());
+                }
             }
             Some(ended) = sessions.join_next() => {
                 if let Err(panic) = ended {

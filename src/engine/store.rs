@@ -12,6 +12,8 @@
 
 mod admission;
 mod saving;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::mem;

@@ -1,0 +1,444 @@
+//! The store against a simple model, under random histories.
+//!
+//! Three nodes open, save, look up, commit, discard, lose sessions and die in any order. After
+//! every step: no slot is granted that somebody may still read or write, no ref names two chunks,
+//! what is leased is there, a hand-off settles once and fires only when all its keys are Ready,
+//! and every count equals what follows from the slots.
+
+use std::collections::BTreeSet;
+
+use proptest::prelude::*;
+
+use super::*;
+
+#[derive(Debug, Clone)]
+enum Op {
+    Open {
+        node: usize,
+        chunks: u32,
+    },
+    Store {
+        node: usize,
+        handoff: usize,
+        chain: u8,
+        from: u8,
+        to: u8,
+    },
+    Lookup {
+        node: usize,
+        handoff: usize,
+        chain: u8,
+        to: u8,
+    },
+    Seal {
+        handoff: usize,
+    },
+    Abort {
+        handoff: usize,
+    },
+    Release {
+        node: usize,
+        request: usize,
+    },
+    Finish {
+        node: usize,
+        request: usize,
+    },
+    Commit {
+        pick: usize,
+        rank: u32,
+    },
+    CommitAll,
+    Discard {
+        pick: usize,
+    },
+    Disconnect {
+        node: usize,
+        who: usize,
+    },
+    Gone {
+        node: usize,
+    },
+    Join {
+        node: usize,
+    },
+    Wait {
+        seconds: u64,
+    },
+}
+
+fn ops() -> impl Strategy<Value = Vec<Op>> {
+    let (node, any) = (0..3usize, 0..1000usize);
+    let op = prop_oneof![
+        3 => (node.clone(), 0..5u32).prop_map(|(node, chunks)| Op::Open { node, chunks }),
+        6 => (node.clone(), any.clone(), 0..4u8, 0..6u8, 1..9u8).prop_map(
+            |(node, handoff, chain, from, to)| Op::Store { node, handoff, chain, from, to }),
+        5 => (node.clone(), any.clone(), 0..4u8, 0..9u8).prop_map(
+            |(node, handoff, chain, to)| Op::Lookup { node, handoff, chain, to }),
+        3 => any.clone().prop_map(|handoff| Op::Seal { handoff }),
+        1 => any.clone().prop_map(|handoff| Op::Abort { handoff }),
+        2 => (node.clone(), any.clone()).prop_map(|(node, request)| Op::Release { node, request }),
+        2 => (node.clone(), any.clone()).prop_map(|(node, request)| Op::Finish { node, request }),
+        16 => (any.clone(), 0..WORLD).prop_map(|(pick, rank)| Op::Commit { pick, rank }),
+        4 => Just(Op::CommitAll),
+        1 => any.clone().prop_map(|pick| Op::Discard { pick }),
+        1 => (node.clone(), 0..3usize).prop_map(|(node, who)| Op::Disconnect { node, who }),
+        1 => node.clone().prop_map(|node| Op::Gone { node }),
+        2 => node.prop_map(|node| Op::Join { node }),
+        1 => (1..40u64).prop_map(|seconds| Op::Wait { seconds }),
+    ];
+    prop::collection::vec(op, 1..250)
+}
+
+/// What the model knows of a chunk that was granted.
+#[derive(Debug)]
+struct Written {
+    key: [u8; 8],
+    owner: Owner,
+    committed: BTreeSet<u32>,
+    /// Its processes may still write.
+    writing: bool,
+}
+
+#[derive(Debug, Default)]
+struct Wanted {
+    node: usize,
+    keys: BTreeSet<[u8; 8]>,
+    outcomes: usize,
+}
+
+struct World {
+    store: Store,
+    now: Instant,
+    /// Per node: its incarnation, and its scheduler's and workers' sessions.
+    nodes: Vec<(u64, [Option<SessionId>; 3])>,
+    written: BTreeMap<SlotRef, Written>,
+    /// By node, incarnation and request; kept beyond the session, until the reaper.
+    leases: BTreeMap<(usize, u64, String), Vec<SlotRef>>,
+    handoffs: Vec<Wanted>,
+}
+
+const SLOTS: u64 = 12;
+
+impl World {
+    fn new() -> Self {
+        let mut world = Self {
+            store: store_with(SLOTS),
+            now: Instant::now(),
+            nodes: vec![(1, [None; 3]); 3],
+            written: BTreeMap::new(),
+            leases: BTreeMap::new(),
+            handoffs: Vec::new(),
+        };
+        (0..3).for_each(|node| world.join(node));
+        world
+    }
+
+    fn join(&mut self, node: usize) {
+        for who in 0..3 {
+            let (incarnation, sessions) = &mut self.nodes[node];
+            if sessions[who].is_none() {
+                let rank = u32::try_from(who).unwrap().checked_sub(1);
+                let welcome = self.store.admit(hello(node, *incarnation, rank)).unwrap();
+                sessions[who] = Some(welcome.session);
+            }
+        }
+    }
+
+    fn owner(&self, node: usize) -> Owner {
+        Owner {
+            node: format!("n{node}").as_str().into(),
+            incarnation: self.nodes[node].0,
+        }
+    }
+
+    fn send(&mut self, node: usize, who: usize, message: ClientMessage) -> Option<ServerMessage> {
+        let session = self.nodes[node].1[who]?;
+        self.store.handle(session, message, self.now).unwrap()
+    }
+
+    fn apply(&mut self, op: Op) {
+        let pick = |n: usize, len: usize| (len > 0).then(|| n % len);
+        // Mostly one of the last hand-offs, and mostly by its own node.
+        let recent = |n: usize, len: usize| (len > 0).then(|| len - 1 - n % len.min(3));
+        match op {
+            Op::Open { node, chunks } => {
+                let handoff = self.handoffs.len();
+                self.handoffs.push(Wanted {
+                    node,
+                    ..Wanted::default()
+                });
+                let open = ClientMessage::Open(Open {
+                    request: format!("r{}", handoff % 4),
+                    handoff: format!("h{handoff}"),
+                    chunks,
+                });
+                self.send(node, 0, open);
+            }
+            Op::Store {
+                node,
+                handoff,
+                chain,
+                from,
+                to,
+            } => {
+                let chosen = recent(handoff, self.handoffs.len());
+                let own = chosen
+                    .filter(|_| handoff % 4 > 0)
+                    .map(|h| self.handoffs[h].node);
+                self.save(own.unwrap_or(node), chosen, chain, from..to);
+            }
+            Op::Lookup {
+                node,
+                handoff,
+                chain,
+                to,
+            } => self.lookup(node, recent(handoff, self.handoffs.len()), chain, to),
+            Op::Seal { handoff } | Op::Abort { handoff } if self.handoffs.is_empty() => {
+                let _ = handoff;
+            }
+            Op::Seal { handoff } => {
+                let handoff = recent(handoff, self.handoffs.len()).unwrap();
+                let node = self.handoffs[handoff].node;
+                self.send(node, 0, ClientMessage::Seal(seal_of(handoff)));
+            }
+            Op::Abort { handoff } => {
+                let handoff = recent(handoff, self.handoffs.len()).unwrap();
+                let node = self.handoffs[handoff].node;
+                self.send(node, 0, ClientMessage::Abort(seal_of(handoff)));
+            }
+            Op::Release { node, request } | Op::Finish { node, request } => {
+                let request = format!("r{}", request % 4);
+                if self.nodes[node].1[0].is_some() {
+                    let at = (node, self.nodes[node].0, request.clone());
+                    self.leases.remove(&at);
+                }
+                let name = RequestName { request };
+                let message = match op {
+                    Op::Release { .. } => ClientMessage::Release(name),
+                    _ => ClientMessage::Finish(name),
+                };
+                self.send(node, 0, message);
+            }
+            Op::Commit { pick: n, rank } => {
+                if let Some(n) = pick(n, self.written.len()) {
+                    self.commit(n, rank);
+                }
+            }
+            Op::CommitAll => {
+                for n in 0..self.written.len() {
+                    (0..WORLD).for_each(|rank| self.commit(n, rank));
+                }
+            }
+            Op::Discard { pick: n } => {
+                if let Some(n) = pick(n, self.written.len()) {
+                    let (&at, written) = self.written.iter().nth(n).unwrap();
+                    let node = self.node_of(&written.owner);
+                    let refs = SlotRef::encode_all([at]);
+                    self.send(node, 1, ClientMessage::Discard(Discard { refs }));
+                }
+            }
+            Op::Disconnect { node, who } => {
+                if let Some(session) = self.nodes[node].1[who].take() {
+                    self.store.disconnect(session);
+                }
+            }
+            Op::Gone { node } => {
+                let owner = self.owner(node);
+                self.store.incarnation_gone(&owner);
+                self.nodes[node] = (owner.incarnation + 1, [None; 3]);
+                for written in self.written.values_mut() {
+                    written.writing &= written.owner != owner;
+                }
+                self.leases
+                    .retain(|(n, i, _), _| (*n, *i) != (node, owner.incarnation));
+            }
+            Op::Join { node } => self.join(node),
+            Op::Wait { seconds } => {
+                self.now += Duration::from_secs(seconds);
+                self.store.expire(self.now);
+            }
+        }
+        self.check();
+    }
+
+    fn node_of(&self, owner: &Owner) -> usize {
+        (0..3)
+            .find(|node| owner.node.as_str() == format!("n{node}"))
+            .unwrap()
+    }
+
+    fn commit(&mut self, n: usize, rank: u32) {
+        let (&at, written) = self.written.iter_mut().nth(n).unwrap();
+        let owner = written.owner.clone();
+        let node = self.node_of(&owner);
+        // Only its own incarnation can write; what comes from a later one must be ignored.
+        let own = self.nodes[node].0 == owner.incarnation;
+        let connected = self.nodes[node].1[rank as usize + 1].is_some();
+        let pending = self
+            .store
+            .index
+            .find(&self.written[&at].key)
+            .is_some_and(|r| r.at == at && !r.ready);
+        let message = ClientMessage::Commit(Commit {
+            refs: SlotRef::encode_all([at]),
+            bytes: 1,
+            micros: 1,
+        });
+        self.send(node, rank as usize + 1, message);
+        let written = self.written.get_mut(&at).unwrap();
+        if own && connected && pending {
+            written.committed.insert(rank);
+            written.writing &= written.committed.len() < WORLD as usize;
+        }
+    }
+
+    fn save(&mut self, node: usize, handoff: Option<usize>, chain: u8, range: std::ops::Range<u8>) {
+        let keys: Vec<_> = range.map(|position| key(chain, position)).collect();
+        let name = handoff.map(|h| format!("h{h}"));
+        let known: Vec<_> = keys.iter().map(|k| self.store.index.find(k)).collect();
+        let takes = handoff.is_some_and(|h| {
+            let number = self
+                .store
+                .handoffs
+                .number(&HandoffId::from(name.as_deref().unwrap()));
+            let session = self.nodes[node].1[0];
+            let (Some(number), Some(session)) = (number, session) else {
+                return false;
+            };
+            self.handoffs[h].node == node && self.store.produces(session, number)
+        });
+        let request = format!("r{}", chain % 4);
+        let message = ClientMessage::Store(query(&request, name.as_deref(), &keys));
+        let Some(ServerMessage::Granted(granted)) = self.send(node, 0, message) else {
+            return;
+        };
+        let (places, new) = placed(&granted);
+        if !granted.ok {
+            assert!(new.is_empty());
+            return;
+        }
+        if let (Some(h), true) = (handoff, takes) {
+            self.handoffs[h].keys.extend(&keys);
+        }
+        let missing = (0..keys.len()).filter(|&i| known[i].is_none());
+        assert_eq!(new, missing.collect::<Vec<_>>(), "exactly the unknown keys");
+        let owner = self.owner(node);
+        for (at, i) in places.into_iter().zip(new) {
+            for (old, written) in &self.written {
+                let reused = old.slot == at.slot && written.writing;
+                assert!(!reused, "{at:?} is still being written: {written:?}");
+            }
+            let leased = self.leases.values().flatten();
+            assert!(
+                leased.clone().all(|l| l.slot != at.slot),
+                "leased slot reused"
+            );
+            let written = Written {
+                key: keys[i],
+                owner: owner.clone(),
+                committed: BTreeSet::new(),
+                writing: true,
+            };
+            let old = self.written.insert(at, written);
+            assert!(old.is_none(), "{at:?} named a chunk before");
+        }
+    }
+
+    fn lookup(&mut self, node: usize, handoff: Option<usize>, chain: u8, to: u8) {
+        let keys: Vec<_> = (0..to).map(|position| key(chain, position)).collect();
+        let name = handoff.map(|h| format!("h{h}"));
+        let request = format!("r{}", chain % 4);
+        let message = ClientMessage::Lookup(query(&request, name.as_deref(), &keys));
+        let Some(ServerMessage::Found(found)) = self.send(node, 0, message) else {
+            return;
+        };
+        let refs = SlotRef::decode_all(&found.refs).unwrap();
+        assert_eq!((found.states.len(), refs.len()), (keys.len(), keys.len()));
+        let mut leases = Vec::new();
+        for ((key, &state), at) in keys.iter().zip(found.states.iter()).zip(refs) {
+            match state {
+                1 => {
+                    let written = &self.written[&at];
+                    assert_eq!(written.key, *key);
+                    assert_eq!(written.committed.len(), WORLD as usize, "visible too early");
+                    leases.push(at);
+                    if let Some(wanted) = handoff.map(|h| &mut self.handoffs[h]) {
+                        // A prefill node's find counts for its hand-off.
+                        let _ = wanted.node == node && wanted.keys.insert(*key);
+                    }
+                }
+                _ => assert_eq!(at, SlotRef::NONE),
+            }
+        }
+        let at = (node, self.nodes[node].0, request);
+        self.leases.insert(at, leases);
+    }
+
+    fn check(&mut self) {
+        let actions = self.store.take_actions();
+        for action in actions {
+            let Action::Settled(id, outcome) = action else {
+                continue;
+            };
+            let wanted = &mut self.handoffs[id.as_str()[1..].parse::<usize>().unwrap()];
+            wanted.outcomes += 1;
+            assert_eq!(wanted.outcomes, 1, "{id} settled twice");
+            if let HandoffOutcome::Ready { chunks, .. } = outcome {
+                assert_eq!(chunks as usize, wanted.keys.len());
+                for key in &wanted.keys {
+                    let found = self.store.index.find(key);
+                    assert!(found.is_some_and(|f| f.ready), "{id} fired too early");
+                }
+            }
+        }
+        for lease in self.leases.values().flatten() {
+            let key = self.written[lease].key;
+            let found = self.store.index.find(&key);
+            assert!(
+                found.is_some_and(|f| f.at == *lease && f.ready && f.leased),
+                "a leased chunk is gone"
+            );
+        }
+        self.store.index.check();
+        assert!(self.store.index.available() >= self.store.handoffs.reserved());
+        let all = self.store.handoffs.all().into_iter();
+        let reserved: u64 = all
+            .filter_map(|n| self.store.handoffs.get(n))
+            .map(|h| u64::from(h.reserved()))
+            .sum();
+        assert_eq!(reserved, self.store.handoffs.reserved());
+    }
+
+    /// Everybody leaves: nothing may stay behind.
+    fn end(mut self) {
+        for node in 0..3 {
+            self.apply(Op::Gone { node });
+        }
+        self.apply(Op::Wait { seconds: 1000 });
+        let stats = self.store.stats();
+        assert_eq!(
+            (stats.pending, stats.quarantined, stats.reserved),
+            (0, 0, 0)
+        );
+        assert_eq!((stats.leased, self.store.index.leases()), (0, 0));
+        assert_eq!(stats.used, stats.ready);
+        assert!(self.store.sessions.is_empty() && self.store.departed.is_empty());
+        assert_eq!(self.store.index.available(), u64::from(stats.slots));
+        for wanted in &self.handoffs {
+            assert!(wanted.outcomes <= 1);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(128))]
+    #[test]
+    fn no_history_breaks_a_promise(ops in ops()) {
+        let mut world = World::new();
+        for op in ops {
+            world.apply(op);
+        }
+        world.end();
+    }
+}
