@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BINARY = Path(os.environ.get("PEGAFLOW_BIN", ROOT / "target/release/pegaflow"))
 # The first start may have to install vLLM.
 READY_LIMIT = 900
-RESTART_LIMIT = 240
+RESTART_LIMIT = 600
 GONE_LIMIT = 5
 
 
@@ -170,7 +170,7 @@ class Reference:
             except httpx.HTTPError:
                 return False
 
-        machine.wait_until(healthy, RESTART_LIMIT, "the reference node is healthy")
+        machine.wait_until(healthy, READY_LIMIT, "the reference node is healthy")
 
     def close(self) -> None:
         pids = machine.tree(self.process.pid)
