@@ -75,3 +75,20 @@ def describe(pids: set[int]) -> str:
 
 def shm_files() -> set[str]:
     return {entry.name for entry in SHM.iterdir()}
+
+
+def shm_in_use(pids: set[int] | None = None) -> set[str]:
+    """Shared-memory files that these processes, or any, have mapped."""
+    names = set()
+    for pid in pids if pids is not None else [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+        try:
+            maps = Path(f"/proc/{pid}/maps").read_text()
+        except OSError:
+            continue
+        names |= {line.rpartition(f"{SHM}/")[2] for line in maps.splitlines() if f" {SHM}/" in line}
+    return names
+
+
+def shm_left(before: set[str]) -> set[str]:
+    """Files that came since and that no living process has mapped."""
+    return shm_files() - before - shm_in_use()

@@ -105,7 +105,7 @@ class Fleet:
     def assert_nothing_left(self, pids: set[int], limit: float) -> None:
         def left() -> tuple:
             processes = {pid for pid in pids if machine.alive(pid)}
-            return processes, machine.shm_files() - self.shm_before, self.run_files()
+            return processes, machine.shm_left(self.shm_before), self.run_files()
 
         end = time.monotonic() + limit
         while any(left()) and time.monotonic() < end:
@@ -173,7 +173,9 @@ class Reference:
         machine.wait_until(healthy, READY_LIMIT, "the reference node is healthy")
 
     def close(self) -> None:
+        """Cleans up after itself: what vLLM leaves in /dev/shm must not look like pegaflow's."""
         pids = machine.tree(self.process.pid)
+        shm = machine.shm_in_use(pids)
         self.process.terminate()
         try:
             self.process.wait(timeout=20)
@@ -183,6 +185,8 @@ class Reference:
         for pid in pids:
             if machine.alive(pid):
                 os.kill(pid, signal.SIGKILL)
+        for name in shm:
+            (machine.SHM / name).unlink(missing_ok=True)
 
 
 def without_connector(argv: list[str], port: int) -> list[str]:

@@ -134,7 +134,8 @@ def kill_leader_under_load(fleet: Fleet, model: str, name: str) -> list[load.End
     node = fleet.node(name)
     tree = machine.tree(node["pid"])
     assert len(tree) >= 3, f"API server, EngineCore and worker: {machine.describe(tree)}"
-    shm_of_all = machine.shm_files()
+    shm = machine.shm_files()
+    of_node = machine.shm_in_use(tree)
     with Load(fleet.url, model, workers=6, max_tokens=48) as running:
         machine.wait_until(lambda: len(running.endings) >= 6, 120, "the load runs")
         os.kill(node["pid"], signal.SIGKILL)
@@ -144,8 +145,7 @@ def kill_leader_under_load(fleet: Fleet, model: str, name: str) -> list[load.End
         endings = running.stop()
     print(f"{name} was back after {seconds:.1f} s; {len(endings)} requests,", sum(e.lost for e in endings), "lost")
     assert not {pid for pid in tree if machine.alive(pid)}, machine.describe(tree)
-    grown = machine.shm_files() - shm_of_all
-    assert len(machine.shm_files()) <= len(shm_of_all), f"new in /dev/shm: {grown}"
+    assert not machine.shm_left(shm - of_node), "left in /dev/shm by the dead node, or by the new one"
     return endings
 
 

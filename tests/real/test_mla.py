@@ -47,7 +47,7 @@ def test_mla_is_refused_at_plan_time(mla_model: Path, scratch: Path, tmp_path: P
         fleet.close()
     print(fleet.tail())
     assert code == 3, "3: the topology cannot run"
-    assert "MLA" in fleet.output()
+    assert "multi-head latent attention" in fleet.output()
     assert f"{file}:" in fleet.output() or file.name in fleet.output(), "the message names the file"
 
 
