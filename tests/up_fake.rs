@@ -162,6 +162,11 @@ async fn kill_under_load(node: &str, victim: Victim) {
         MayBreak::Nothing
     };
     check(&answers, may_break);
+    assert!(
+        answers.len() >= 30,
+        "only {} requests: no load",
+        answers.len()
+    );
 
     let alive: Vec<_> = old
         .iter()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BINARY = Path(os.environ.get("PEGAFLOW_BIN", ROOT / "target/release/pegaflow"))
 # The first start may have to install vLLM.
 READY_LIMIT = 900
-RESTART_LIMIT = 240
+RESTART_LIMIT = 600
 GONE_LIMIT = 5
 
 
@@ -75,7 +75,7 @@ class Fleet:
         return self.process.pid
 
     def node(self, name: str) -> dict:
-        return httpx.get(f"{self.url}/status", timeout=30).json()["nodes"][name]
+        return httpx.get(f"{self.url}/status", timeout=30).json()["fleet"]["nodes"][name]
 
     def node_url(self, name: str) -> str:
         return f"http://{self.node(name)['addr']}"
@@ -170,7 +170,7 @@ class Reference:
             except httpx.HTTPError:
                 return False
 
-        machine.wait_until(healthy, RESTART_LIMIT, "the reference node is healthy")
+        machine.wait_until(healthy, READY_LIMIT, "the reference node is healthy")
 
     def close(self) -> None:
         pids = machine.tree(self.process.pid)

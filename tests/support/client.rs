@@ -192,7 +192,7 @@ impl Pegaflow<'_> {
     /// The node's entry in `/status`.
     pub async fn node(&self, node: &str) -> Value {
         let status: Value = serde_json::from_str(&self.get("/status").await).unwrap();
-        status["nodes"][node].clone()
+        status["fleet"]["nodes"][node].clone()
     }
 
     /// Waits until the node's entry satisfies `condition`.
