@@ -2,12 +2,14 @@
 
     target/test-venv/bin/python benches/compare.py configs/1p1d-cpu.toml configs/unified2-cpu.toml
 
-Each topology is started in turn, warmed up, and given the same prompts at the same Poisson arrivals (same seed). Prints a
-Markdown table. TTFT: request sent to first token. ITL: between two tokens. TPOT: (last token - first token) / (tokens - 1).
+Each topology is started in turn, warmed up, and given the same prompts at the same Poisson arrivals (same seed).
+Prints a Markdown table. TTFT: request sent to first token. ITL: between two tokens. TPOT: (last token - first token)
+/ (tokens - 1).
 """
 
 import argparse
 import asyncio
+import itertools
 import os
 import random
 import signal
@@ -38,9 +40,7 @@ class Fleet:
 
     def __enter__(self):
         started = time.monotonic()
-        self.process = subprocess.Popen(
-            [BINARY, "up", self.topology], stdout=subprocess.PIPE, text=True
-        )
+        self.process = subprocess.Popen([BINARY, "up", self.topology], stdout=subprocess.PIPE, text=True)
         for line in self.process.stdout:
             if "pegaflow is ready" in line:
                 break
@@ -81,9 +81,7 @@ async def one(client, base, model, prompt, tokens):
 
 async def load(base, args):
     dice = random.Random(args.seed)
-    prompts = [
-        [dice.randrange(300, 2000) for _ in range(args.prompt_tokens)] for _ in range(args.requests)
-    ]
+    prompts = [[dice.randrange(300, 2000) for _ in range(args.prompt_tokens)] for _ in range(args.requests)]
     gaps = [dice.expovariate(args.rate) for _ in range(args.requests)]
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=120, limits=limits) as client:
@@ -103,7 +101,7 @@ async def load(base, args):
 def report(name, ready, results):
     good = [times for times in results if isinstance(times, list) and len(times) > 1]
     ttft = [times[0] * 1e3 for times in good]
-    itl = [(b - a) * 1e3 for times in good for a, b in zip(times, times[1:], strict=False)]
+    itl = [(b - a) * 1e3 for times in good for a, b in itertools.pairwise(times)]
     tpot = [(times[-1] - times[0]) / (len(times) - 1) * 1e3 for times in good]
     cells = [
         name,
