@@ -105,19 +105,30 @@ pub enum HandoffState {
     Settled(HandoffOutcome),
 }
 
-type Entries = HashMap<HandoffId, watch::Sender<HandoffState>>;
+#[derive(Debug, Default)]
+struct Board {
+    entries: HashMap<HandoffId, watch::Sender<HandoffState>>,
+    /// The store is off: nothing will ever fire again.
+    off: Option<HandoffFailure>,
+}
 
 /// Where hand-offs are announced and awaited. Cheap to clone; all clones share one table.
 #[derive(Debug, Clone, Default)]
 pub struct HandoffBoard {
-    entries: Arc<Mutex<Entries>>,
+    shared: Arc<Mutex<Board>>,
 }
 
 impl HandoffBoard {
-    /// Announces that somebody waits for `id`. Must precede the prefill request.
+    /// Announces that somebody waits for `id`. Must precede the prefill request. After
+    /// [`HandoffBoard::fail_all`] the ticket is settled from the start.
     pub fn register(&self, id: HandoffId) -> HandoffTicket {
-        let (sender, receiver) = watch::channel(HandoffState::Expected);
-        self.lock().insert(id.clone(), sender);
+        let mut board = self.lock();
+        let state = board.off.map_or(HandoffState::Expected, |failure| {
+            HandoffState::Settled(HandoffOutcome::Failed(failure))
+        });
+        let (sender, receiver) = watch::channel(state);
+        board.entries.insert(id.clone(), sender);
+        drop(board);
         HandoffTicket {
             id,
             receiver,
@@ -137,7 +148,11 @@ impl HandoffBoard {
 
     /// Engine: nothing will ever fire again (the store was turned off).
     pub fn fail_all(&self, failure: HandoffFailure) {
-        let ids: Vec<_> = self.lock().keys().cloned().collect();
+        let ids: Vec<_> = {
+            let mut board = self.lock();
+            board.off = Some(failure);
+            board.entries.keys().cloned().collect()
+        };
         for id in ids {
             self.settle(&id, HandoffOutcome::Failed(failure));
         }
@@ -145,11 +160,11 @@ impl HandoffBoard {
 
     /// Hand-offs that somebody waits for at this moment.
     pub fn waiting(&self) -> usize {
-        self.lock().len()
+        self.lock().entries.len()
     }
 
     fn advance(&self, id: &HandoffId, next: HandoffState) {
-        if let Some(sender) = self.lock().get(id) {
+        if let Some(sender) = self.lock().entries.get(id) {
             sender.send_if_modified(|state| match state {
                 HandoffState::Settled(_) => false,
                 _ => {
@@ -160,10 +175,10 @@ impl HandoffBoard {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Entries> {
+    fn lock(&self) -> MutexGuard<'_, Board> {
         // A panic elsewhere cannot leave the table half-changed: every critical section is one
         // map operation.
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -208,7 +223,7 @@ impl HandoffTicket {
 
 impl Drop for HandoffTicket {
     fn drop(&mut self) {
-        self.board.lock().remove(&self.id);
+        self.board.lock().entries.remove(&self.id);
     }
 }
 
@@ -271,5 +286,7 @@ mod tests {
         board.fail_all(HandoffFailure::EngineDown);
         let down = HandoffOutcome::Failed(HandoffFailure::EngineDown);
         assert_eq!((one.settled().await, two.settled().await), (down, down));
+        let late = board.register(HandoffId::random());
+        assert_eq!(late.state(), HandoffState::Settled(down));
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! $XDG_RUNTIME_DIR/pegaflow/<name>/   or   /tmp/pegaflow-<uid>/<name>/        0700, ours, no link
 //!     lock          flock held for life; holds InstanceInfo as JSON
-//!     engine.sock, control.sock, shim/, ...
+//!     engine.sock, shim/
 //! $XDG_STATE_HOME/pegaflow/<name>/logs/                                      survives the instance
 //!
 //! free ── acquire: flock, wipe what a dead one left ──▶ held ── release or drop ──▶ removed

@@ -33,6 +33,8 @@ target/test-venv/bin/python -m pytest -q tests/real
 
 step "the shim's own tests, inside the managed runtime"
 interpreter=$("$PEGAFLOW_BIN" prepare configs/1p1d-cpu.toml | sed -n 's/^interpreter //p')
-PYTHONPATH=$PWD/python-shim:$(echo "$PWD"/target/test-venv/lib/python3*/site-packages) \
-    "$interpreter" -m pytest -q python-shim/tests
+# pytest alone, beside the runtime: nothing else of the test environment may shadow vLLM's packages.
+target/test-venv/bin/pip install --quiet --disable-pip-version-check --upgrade --target target/shim-tools \
+    "$(grep '^pytest==' tests/real/requirements.txt)"
+PYTHONPATH=$PWD/python-shim:$PWD/target/shim-tools "$interpreter" -m pytest -q python-shim/tests
 step "all checks passed"

@@ -1,10 +1,15 @@
 //! Watches the fleet on behalf of the person at the terminal: writes the banner once, and notices
 //! when a start has failed for good.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::time::{Duration, Instant};
 
-use crate::fleet::{FleetSnapshot, FleetWatch, KvTrust, Phase, Role};
+use crate::fleet::{FleetSnapshot, FleetWatch, KvTrust, NodeId, NodeView, Phase, Role};
+use crate::observe::{Console, ProgressHandle};
 use crate::plan::Plan;
+
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// What a fleet that has just started up amounts to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,10 +44,13 @@ pub fn judge(fleet: &FleetSnapshot) -> Start {
         .collect();
     let ready = nodes.iter().filter(|node| node.is_ready()).count();
     let terminal = nodes.iter().filter(|node| node.phase.is_terminal()).count();
-    match (ready, terminal) {
+    let dying = |phase: &Phase| matches!(phase, Phase::Backoff { .. });
+    let dying = nodes.iter().filter(|node| dying(&node.phase)).count();
+    match ready {
         _ if troubles.is_empty() => Start::Ready,
-        (0, down) if down == nodes.len() => Start::Failed(troubles),
-        (up, down) if up > 0 && up + down == nodes.len() => Start::Degraded(troubles),
+        0 if terminal == nodes.len() => Start::Failed(troubles),
+        // A node that has died already may take minutes to be given up; the others serve meanwhile.
+        1.. if ready + terminal + dying == nodes.len() => Start::Degraded(troubles),
         _ => Start::Waiting,
     }
 }
@@ -57,6 +65,68 @@ pub async fn started(mut fleet: FleetWatch) -> Start {
         if fleet.changed().await.is_err() {
             return Start::Failed(vec!["the supervisor ended".into()]);
         }
+    }
+}
+
+/// Shows how far each node is, until the start is settled or this is dropped.
+pub async fn progress(console: Console, fleet: FleetWatch) {
+    let mut shown: BTreeMap<NodeId, ProgressHandle> = BTreeMap::new();
+    let started = Instant::now();
+    loop {
+        let now = fleet.borrow().clone();
+        for node in now.nodes() {
+            if node.is_ready() || node.phase.is_terminal() {
+                shown.remove(&node.id);
+                continue;
+            }
+            let handle = shown
+                .entry(node.id.clone())
+                .or_insert_with(|| console.progress(node.id.as_str()));
+            let seconds = started.elapsed().as_secs();
+            handle.set_message(&format!("{} ({seconds} s)", node.phase.label()));
+        }
+        if judge(&now) != Start::Waiting {
+            return;
+        }
+        tokio::time::sleep(PROGRESS_INTERVAL).await;
+    }
+}
+
+/// After the start: says when the fleet stops handing off or serving, and when it does again.
+pub async fn narrate(mut fleet: FleetWatch) {
+    let mut last = service(&fleet.borrow_and_update().clone());
+    while fleet.changed().await.is_ok() {
+        let now = service(&fleet.borrow_and_update().clone());
+        if now == last {
+            continue;
+        }
+        match now {
+            Service::Full => tracing::info!("the fleet serves as planned again"),
+            Service::Degraded => {
+                tracing::warn!("degraded: requests are served whole, on the nodes that are left");
+            }
+            Service::Down => tracing::warn!("no node serves; requests wait for one"),
+        }
+        last = now;
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Service {
+    /// Hand-offs, or every unified node where there is nothing to hand off.
+    Full,
+    Degraded,
+    Down,
+}
+
+fn service(fleet: &FleetSnapshot) -> Service {
+    let unified_only = fleet.nodes().all(|node| node.role == Role::Unified);
+    if fleet.can_split() || unified_only && fleet.nodes().all(NodeView::is_ready) {
+        Service::Full
+    } else if fleet.nodes().any(NodeView::is_ready) {
+        Service::Degraded
+    } else {
+        Service::Down
     }
 }
 
@@ -140,6 +210,25 @@ mod tests {
     }
 
     #[test]
+    fn service_is_full_degraded_or_down() {
+        use KvTrust::{None, Proven, Unproven};
+        let pair = |p, d| {
+            let prefill = ("p", Role::Prefill, Phase::Ready, p);
+            service(&fleet(&[prefill, ("d", Role::Decode, Phase::Ready, d)]))
+        };
+        assert_eq!(pair(Proven, Proven), Service::Full);
+        assert_eq!(pair(Proven, Unproven), Service::Degraded);
+        let unified = |phase| {
+            let one = ("a", Role::Unified, Phase::Ready, None);
+            service(&fleet(&[one, ("b", Role::Unified, phase, None)]))
+        };
+        assert_eq!(unified(Phase::Ready), Service::Full);
+        assert_eq!(unified(Phase::Starting), Service::Degraded);
+        let down = fleet(&[("a", Role::Unified, Phase::Unreachable, None)]);
+        assert_eq!(service(&down), Service::Down);
+    }
+
+    #[test]
     fn a_start_is_judged_when_every_node_has_settled() {
         use KvTrust::{Proven, Refused, Unproven};
         let p = |phase, trust| ("p", Role::Prefill, phase, trust);
@@ -156,7 +245,9 @@ mod tests {
         let backoff = Phase::Backoff {
             delay: std::time::Duration::from_secs(5),
         };
-        let coming_back = fleet(&[p(backoff, Unproven), d(Phase::Ready, Unproven)]);
-        assert_eq!(judge(&coming_back), Start::Waiting);
+        let dying = fleet(&[p(backoff.clone(), Unproven), d(Phase::Ready, Unproven)]);
+        assert!(matches!(judge(&dying), Start::Degraded(why) if why.len() == 2));
+        let hopeful = fleet(&[p(backoff.clone(), Unproven), d(backoff, Unproven)]);
+        assert_eq!(judge(&hopeful), Start::Waiting);
     }
 }

@@ -58,8 +58,13 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
         .set_info(&info)
         .map_err(|error| Exit::Machine(error.into()))?;
 
-    let host = tokio::task::spawn_blocking(HostSnapshot::take)
-        .await
+    let host = tokio::task::spawn_blocking(HostSnapshot::take);
+    let host = tokio::select! {
+        // NVML may hang with its driver; its thread is left behind then.
+        () = cx.shutdown.graceful().cancelled() => return Err(Exit::Interrupted),
+        host = host => host,
+    };
+    let host = host
         .map_err(|error| Exit::failed("looking at the machine panicked", error))?
         .map_err(|error| Exit::Machine(error.into()))?;
     let token = format!("{:032x}", rand::random::<u128>());
@@ -144,9 +149,10 @@ async fn serve(
     if let Some(engine) = engine.and_then(Arc::into_inner) {
         engine.shutdown(ENGINE_STOP).await;
     }
-    outcome?;
+    // A part that failed ends the rest: its error says more than "interrupted".
     ended("router", routed)?;
-    ended("supervisor", supervised)
+    ended("supervisor", supervised)?;
+    outcome
 }
 
 fn start_engine(
@@ -213,6 +219,10 @@ async fn watch_start(
     instance: &Instance,
 ) -> Result<(), Exit> {
     let end = cx.shutdown.graceful();
+    let _shown = AbortOnDrop(tokio::spawn(ready::progress(
+        cx.console.clone(),
+        fleet.clone(),
+    )));
     let start = tokio::select! {
         () = end.cancelled() => return Err(Exit::Interrupted),
         start = ready::started(fleet.clone()) => start,
@@ -233,12 +243,22 @@ async fn watch_start(
         Start::Ready | Start::Waiting => {}
     }
     let snapshot = fleet.borrow().clone();
+    let _narrator = AbortOnDrop(tokio::spawn(ready::narrate(fleet.clone())));
     announce(
         &cx.console,
         &ready::banner(plan, &snapshot, instance.log_dir()),
     );
     end.cancelled().await;
     Ok(())
+}
+
+/// A task that lasts no longer than its owner.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// The banner goes to stdout, for the person and for scripts that wait for it; all else is on stderr.

@@ -34,6 +34,8 @@ pub(super) struct Pick {
     pub(super) role: Role,
     pub(super) addr: SocketAddr,
     pub(super) incarnation: u64,
+    /// Its KV was proven: it may take part in a hand-off.
+    pub(super) can_hand_off: bool,
     balancer: Balancer,
 }
 
@@ -56,6 +58,7 @@ impl Balancer {
             role: node.role,
             addr: node.addr,
             incarnation: node.incarnation,
+            can_hand_off: node.can_hand_off(),
             balancer: self.clone(),
         })
     }

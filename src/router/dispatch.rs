@@ -7,6 +7,8 @@
 //!    └──── next node ─────┘ at most MAX_ATTEMPTS
 //! ```
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use tokio::time::{Instant, timeout_at};
 
@@ -20,6 +22,10 @@ use crate::handoff::{HandoffId, HandoffTicket};
 
 /// Nodes that one request may be sent to before it is given up.
 const MAX_ATTEMPTS: usize = 5;
+
+/// How long a node may miss its health probes before its unanswered requests go elsewhere. A busy
+/// API server stalls for seconds; moving its requests would make the next one stall.
+const SILENCE: Duration = Duration::from_secs(10);
 
 /// What the leg is to do.
 pub(super) enum Task<'a> {
@@ -92,11 +98,23 @@ pub(super) async fn deliver(
                 }
                 Err(error) => error,
             },
-            phase = legs::lost(cx.fleet.clone(), &pick) => LegError::NodeLost { phase },
+            phase = legs::lost(cx.fleet.clone(), &pick, SILENCE) => LegError::NodeLost { phase },
         };
         tracing::warn!(node = %pick.id, id = call.caller.id, %error, "a leg failed before its first byte");
+        if matches!(error, LegError::FirstByteTimeout { .. }) && !is_stream(call) {
+            // The whole answer has to come within the limit: another node would need as long.
+            let node = pick.id.clone();
+            return Err(RouterError::Nodes {
+                node,
+                source: error,
+            });
+        }
         choice.failed(&pick, error);
     }
+}
+
+fn is_stream(call: &Call<'_>) -> bool {
+    call.fields.present("stream") == Some("true")
 }
 
 fn suffix(attempts: usize) -> &'static str {
@@ -109,10 +127,12 @@ fn suffix(attempts: usize) -> &'static str {
     }
 }
 
-/// Only decode nodes look for the hand-off.
+/// Only decode nodes look for the hand-off, and only those whose loading was proven may.
 fn body_for(pick: &Pick, call: &Call<'_>, task: &Task<'_>) -> Bytes {
     match task.handoff() {
-        Some(handoff) if pick.role == Role::Decode => split::decode_body(call.fields, handoff),
+        Some(handoff) if pick.role == Role::Decode && pick.can_hand_off => {
+            split::decode_body(call.fields, handoff)
+        }
         _ => split::whole_body(call.fields, call.original),
     }
 }
@@ -158,6 +178,12 @@ impl Choice {
 
     fn pick(&self, cx: &Context, task: &Task<'_>, fleet: &FleetSnapshot) -> Option<Pick> {
         let fresh = |node: &&NodeView| !self.has_tried(node);
+        if task.handoff().is_some() {
+            let proven = |node: &&NodeView| fresh(node) && node.can_hand_off();
+            if let Some(pick) = cx.balancer.pick(fleet.ready(Role::Decode).filter(proven)) {
+                return Some(pick);
+            }
+        }
         task.roles()
             .into_iter()
             .find_map(|role| cx.balancer.pick(fleet.ready(role).filter(fresh)))

@@ -15,6 +15,7 @@
 //! dropping the request stops P's work.
 
 use std::pin::Pin;
+use std::time::Duration;
 
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep_until};
@@ -137,7 +138,7 @@ impl Attempt {
     }
 
     async fn wait(&mut self, cx: &Context, deadline: Instant) -> Event {
-        let mut lost = std::pin::pin!(legs::lost(cx.fleet.clone(), &self.pick));
+        let mut lost = std::pin::pin!(legs::lost(cx.fleet.clone(), &self.pick, Duration::ZERO));
         let mut late = std::pin::pin!(sleep_until(deadline));
         loop {
             tokio::select! {

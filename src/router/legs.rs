@@ -281,17 +281,24 @@ fn excerpt(text: &[u8]) -> String {
 }
 
 /// Resolves when the picked node can no longer be expected to answer, with its new phase. A node
-/// that is being stopped finishes what it has.
-pub(super) async fn lost(mut fleet: FleetWatch, pick: &Pick) -> &'static str {
-    if let Ok(fleet) = fleet
-        .wait_for(|fleet| departure(fleet, pick).is_some())
-        .await
-        && let Some(phase) = departure(&fleet, pick)
-    {
-        return phase;
+/// that is being stopped finishes what it has; one that misses its health probes is given `silence`.
+pub(super) async fn lost(mut fleet: FleetWatch, pick: &Pick, silence: Duration) -> &'static str {
+    loop {
+        let seen = fleet.wait_for(|fleet| departure(fleet, pick).is_some());
+        let Ok(phase) = seen.await.map(|fleet| departure(&fleet, pick)) else {
+            // The supervisor is gone; only the timeouts are left.
+            return std::future::pending().await;
+        };
+        let Some(phase) = phase else { continue };
+        if phase != Phase::Unreachable.label() {
+            return phase;
+        }
+        // It may only be busy: see whether that lasts.
+        let change = fleet.wait_for(|fleet| departure(fleet, pick) != Some(phase));
+        if tokio::time::timeout(silence, change).await.is_err() {
+            return phase;
+        }
     }
-    // The supervisor is gone; only the timeouts are left.
-    std::future::pending().await
 }
 
 fn departure(fleet: &FleetSnapshot, pick: &Pick) -> Option<&'static str> {

@@ -18,6 +18,8 @@ const SPLIT_WORLD: &str =
 const ADDRESS: &str = "pegaflow's router and probes speak plain HTTP to it on loopback";
 const KV: &str = "leave it out: pegaflow configures the connector, its store is sized in [kv]";
 
+const LORA: &str = "the store does not tell adapters apart yet; merge the adapter into the model";
+
 const FLAGS: &[(&str, Verdict)] = &[
     (
         "--port",
@@ -212,6 +214,14 @@ const FLAGS: &[(&str, Verdict)] = &[
             reason: "pegaflow's own probes carry no key, and nodes listen on loopback only",
         },
     ),
+    ("--enable-lora", Unsupported { reason: LORA }),
+    ("--lora-modules", Unsupported { reason: LORA }),
+    (
+        "--revision",
+        Unsupported {
+            reason: "pegaflow fetches the main revision once; give a directory as `model` for another",
+        },
+    ),
     (
         "--config",
         Unsupported {
@@ -225,7 +235,6 @@ pub(super) const SHAPES_KV: &[&str] = &[
     "--kv-cache-dtype",
     "--quantization",
     "--hf-overrides",
-    "--revision",
     "--load-format",
     "--seed",
     "--speculative-config",
