@@ -140,8 +140,12 @@ class Fleet:
 
 
 def metric(url: str, name: str) -> float:
-    """The sum over all labels of a figure in Prometheus text."""
-    samples = [line for line in httpx.get(url, timeout=30).text.splitlines() if line.startswith(name)]
+    """The sum over all labels of a figure in Prometheus text; a figure that nobody declares is an error."""
+    lines = httpx.get(url, timeout=30).text.splitlines()
+    family = name.removesuffix("_total")
+    declared = {line.split()[2] for line in lines if line.startswith("# TYPE ")}
+    assert declared & {name, family}, f"{url} has no {name}"
+    samples = [line for line in lines if line.startswith((f"{name} ", f"{name}{{"))]
     return sum(float(line.rpartition(" ")[2]) for line in samples)
 
 

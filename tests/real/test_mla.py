@@ -58,7 +58,7 @@ def test_canary_refuses_mla_when_the_plan_does_not(mla_model: Path, scratch: Pat
         fleet.spawn()
 
         def refused() -> bool:
-            return "canary" in fleet.output() or fleet.process.poll() is not None
+            return fleet.process.poll() is not None
 
         machine.wait_until(refused, READY_LIMIT, "the canary's verdict")
         code = fleet.process.wait(timeout=120)
@@ -66,5 +66,5 @@ def test_canary_refuses_mla_when_the_plan_does_not(mla_model: Path, scratch: Pat
     finally:
         fleet.close()
     assert code == 1, "1: failed while running"
-    assert "canary" in fleet.output(), "the reason is said"
+    assert "give different answers" in fleet.output(), "the reason is said"
     assert "pegaflow is ready" not in fleet.output()
