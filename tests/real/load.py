@@ -98,12 +98,13 @@ def burst(url: str, model: str, count: int, max_tokens: int) -> list[Ending]:
 
 @dataclass
 class Load:
-    """A steady number of requests until `stop`."""
+    """A steady number of requests until `stop`, with `pause` seconds after each of a worker's requests."""
 
     url: str
     model: str
     workers: int
     max_tokens: int
+    pause: float = 0.0
     endings: list[Ending] = field(default_factory=list)
 
     def __enter__(self) -> "Load":
@@ -129,3 +130,4 @@ class Load:
         while not self._stop.is_set():
             self.endings.append(request(api, self.model, index, self.max_tokens))
             index += self.workers
+            self._stop.wait(self.pause)

@@ -153,6 +153,8 @@ def kill_leader_under_load(fleet: Fleet, model: str, name: str) -> list[load.End
         machine.wait_until(lambda: len(running.endings) >= 6, 120, "the load runs")
         os.kill(node["pid"], signal.SIGKILL)
         killed_at = len(running.endings)
+        # The node that starts again needs the processor as well.
+        running.pause = 2.0
         seconds = fleet.wait_for_return(name, node["incarnation"])
         machine.wait_until(lambda: len(running.endings) >= killed_at + 12, 120, "the load goes on")
         endings = running.stop()
