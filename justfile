@@ -14,3 +14,8 @@ quick:
 # Cold start and TTFT/TPOT/ITL of P/D beside two unified nodes on real vLLM (about 15 minutes).
 bench:
     bash benches/run.sh
+
+# The property tests with many more cases, then the fault tests on the fake vLLM, round after round.
+soak rounds="20":
+    PROPTEST_CASES=20000 cargo test --locked --lib
+    for round in $(seq {{rounds}}); do echo "round $round"; cargo test --locked --test up_fake --test supervise_guard --test supervise_run || exit 1; done
