@@ -31,7 +31,7 @@ mod sweep;
 #[cfg(test)]
 mod testing;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -49,7 +49,7 @@ use crate::shutdown::Shutdown;
 pub use guard::{GuardArgs, guard_main};
 pub use logs::LogSink;
 
-use canary::Canary;
+use canary::{Canary, Pace};
 use node::{NodeActor, Shared};
 use probe::NodeClient;
 
@@ -137,6 +137,9 @@ pub async fn run(deps: SupervisorDeps, shutdown: Shutdown) -> Result<(), Supervi
         board: deps.board,
         watch: deps.fleet.watch(),
         verdicts,
+        pace: Pace::default(),
+        passed: BTreeSet::new(),
+        store_off: false,
     };
     let mut examiner = JoinSet::new();
     let until = shutdown.graceful().clone();
