@@ -31,7 +31,7 @@ mod sweep;
 #[cfg(test)]
 mod testing;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -39,9 +39,9 @@ use std::time::Duration;
 
 use nix::sys::prctl;
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{self, JoinSet};
 
-use crate::fleet::{FleetPublisher, NodeId};
+use crate::fleet::{FleetPublisher, KvTrust, NodeId, Phase};
 use crate::handoff::HandoffBoard;
 use crate::plan::{NodePlan, SupervisorPlan};
 use crate::shutdown::Shutdown;
@@ -49,7 +49,7 @@ use crate::shutdown::Shutdown;
 pub use guard::{GuardArgs, guard_main};
 pub use logs::LogSink;
 
-use canary::Canary;
+use canary::{Canary, Pace};
 use node::{NodeActor, Shared};
 use probe::NodeClient;
 
@@ -122,13 +122,14 @@ pub async fn run(deps: SupervisorDeps, shutdown: Shutdown) -> Result<(), Supervi
         guard_program: deps.guard_program,
         console: deps.console,
     });
-    let mut actors = JoinSet::new();
+    let mut actors = Actors::new(deps.fleet.clone());
     let mut verdicts = BTreeMap::new();
     for plan in deps.nodes {
         let (sender, receiver) = mpsc::channel(VERDICTS);
         verdicts.insert(plan.id.clone(), sender);
+        let id = plan.id.clone();
         let actor = NodeActor::new(shared.clone(), plan, receiver);
-        actors.spawn(actor.run(shutdown.clone()));
+        actors.spawn(id, actor.run(shutdown.clone()));
     }
     let canary = Canary {
         plan: deps.canary,
@@ -136,31 +137,110 @@ pub async fn run(deps: SupervisorDeps, shutdown: Shutdown) -> Result<(), Supervi
         board: deps.board,
         watch: deps.fleet.watch(),
         verdicts,
+        pace: Pace::default(),
+        passed: BTreeSet::new(),
+        store_off: false,
     };
     let mut examiner = JoinSet::new();
     let until = shutdown.graceful().clone();
     examiner.spawn(async move { until.run_until_cancelled(canary.run()).await });
-    let result = join(&mut actors).await;
+    let result = actors.join().await;
     examiner.shutdown().await;
     result
 }
 
-async fn join(actors: &mut JoinSet<node::Ended>) -> Result<(), SupervisorError> {
-    let mut left: Vec<NodeId> = Vec::new();
-    let mut panicked = None;
-    while let Some(ended) = actors.join_next().await {
-        match ended {
-            Ok(node::Ended::Clean) => {}
-            Ok(node::Ended::LeftBehind(node)) => left.push(node),
-            Err(error) => {
-                tracing::error!("a node's supervisor failed: {error}");
-                panicked = Some(error);
-            }
+/// The running actors, and whose they are: a panic tells only the task.
+struct Actors {
+    tasks: JoinSet<node::Ended>,
+    nodes: HashMap<task::Id, NodeId>,
+    fleet: FleetPublisher,
+}
+
+impl Actors {
+    fn new(fleet: FleetPublisher) -> Self {
+        Self {
+            tasks: JoinSet::new(),
+            nodes: HashMap::new(),
+            fleet,
         }
     }
-    if !left.is_empty() {
-        let nodes = left.iter().map(ToString::to_string).collect();
-        return Err(SupervisorError::LeftBehind { nodes });
+
+    fn spawn(&mut self, node: NodeId, actor: impl Future<Output = node::Ended> + Send + 'static) {
+        let task = self.tasks.spawn(actor);
+        self.nodes.insert(task.id(), node);
     }
-    panicked.map_or(Ok(()), |error| Err(SupervisorError::Panicked(error)))
+
+    async fn join(mut self) -> Result<(), SupervisorError> {
+        let mut left: Vec<NodeId> = Vec::new();
+        let mut panicked = None;
+        while let Some(ended) = self.tasks.join_next().await {
+            match ended {
+                Ok(node::Ended::Clean) => {}
+                Ok(node::Ended::LeftBehind(node)) => left.push(node),
+                Err(error) => {
+                    tracing::error!("a node's supervisor failed: {error}");
+                    self.lost(error.id());
+                    panicked = Some(error);
+                }
+            }
+        }
+        if !left.is_empty() {
+            let nodes = left.iter().map(ToString::to_string).collect();
+            return Err(SupervisorError::LeftBehind { nodes });
+        }
+        panicked.map_or(Ok(()), |error| Err(SupervisorError::Panicked(error)))
+    }
+
+    /// Nobody watches the node any more: its guard has killed it, and it must not get requests.
+    fn lost(&self, task: task::Id) {
+        let Some(id) = self.nodes.get(&task) else {
+            return;
+        };
+        self.fleet.update(id, |node| {
+            node.phase = Phase::Failed;
+            node.pid = None;
+            if node.trust == KvTrust::Proven {
+                node.trust = KvTrust::Unproven;
+            }
+            let why = "its supervisor panicked (a bug of pegaflow); restart pegaflow";
+            node.reason = Some(why.to_owned());
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use crate::fleet::{NodeView, Role};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_node_whose_actor_panicked_is_failed_and_the_others_are_left_alone() {
+        let addr = SocketAddr::from(([127, 0, 0, 1], 1));
+        let fleet = FleetPublisher::new(["a", "b"].map(|id| {
+            let mut view = NodeView::pending(id.into(), Role::Decode, addr);
+            (view.phase, view.trust) = (Phase::Ready, KvTrust::Proven);
+            view
+        }));
+        let mut actors = Actors::new(fleet.clone());
+        actors.spawn("a".into(), async { panic!("a bug") });
+        let mut watch = fleet.watch();
+        actors.spawn("b".into(), async move {
+            let failed = |fleet: &Arc<crate::fleet::FleetSnapshot>| {
+                fleet
+                    .node(&"a".into())
+                    .is_some_and(|node| node.phase == Phase::Failed)
+            };
+            drop(watch.wait_for(failed).await);
+            node::Ended::Clean
+        });
+        let joined = tokio::time::timeout(Duration::from_secs(20), actors.join()).await;
+        assert!(matches!(joined, Ok(Err(SupervisorError::Panicked(_)))));
+        let snapshot = fleet.snapshot();
+        let lost = snapshot.node(&"a".into()).unwrap();
+        assert!(lost.reason.is_some() && lost.trust == KvTrust::Unproven);
+        assert!(snapshot.node(&"b".into()).unwrap().can_hand_off());
+    }
 }

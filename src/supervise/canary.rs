@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! fleet changes ─▶ next_step (pure) ─▶ Examine(p, d) ─▶ check ─┬─ equal ──────▶ Proven, both
-//!                       │                                      ├─ different ──▶ Refused, the unproven
-//!                       │                                      └─ broken off ─▶ again later
+//!                       │                                      └─ failed ──▶ history (pure): again
+//!                       │                                         later, unpaired, or Refused
 //!                       └────────────▶ Unpaired(node): serves whole requests until a partner comes
 //! ```
 //!
@@ -11,8 +11,9 @@
 
 mod check;
 mod compare;
+mod history;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::mpsc;
@@ -25,15 +26,11 @@ use super::CanaryPlan;
 use super::node::{Finding, Verdict};
 use super::probe::NodeClient;
 
-use check::Severity;
+pub use history::Pace;
 
-const RETRY: Duration = Duration::from_secs(1);
-/// With the store turned off there is nothing to prove; it does not come back soon.
-const STORE_OFF_RETRY: Duration = Duration::from_secs(30);
-/// A hand-off that fails this often between two living nodes is not an accident.
-const MAX_FAULTS: u32 = 2;
-/// So many lost connections between two healthy nodes are not one either.
-const MAX_BREAKS: u32 = 10;
+use check::Severity;
+use history::{History, Outcome, Standing};
+
 const APPLY_LIMIT: Duration = Duration::from_secs(5);
 
 /// Examines pairs until it is dropped.
@@ -43,17 +40,15 @@ pub struct Canary {
     pub board: HandoffBoard,
     pub watch: FleetWatch,
     pub verdicts: BTreeMap<NodeId, mpsc::Sender<Verdict>>,
+    pub pace: Pace,
+    /// Nodes that passed, in whatever life.
+    pub passed: BTreeSet<NodeId>,
+    /// The store was found turned off; it does not come back.
+    pub store_off: bool,
 }
 
 /// One life of one node.
 type Life = (NodeId, u64);
-
-#[derive(Debug)]
-struct History {
-    faults: u32,
-    breaks: u32,
-    not_before: Instant,
-}
 
 #[derive(Debug)]
 enum Step {
@@ -73,17 +68,13 @@ impl Canary {
             histories.retain(|(p, d), _| is_current(&snapshot, p) && is_current(&snapshot, d));
             let blocked = |p: &NodeView, d: &NodeView| {
                 let history = histories.get(&(life(p), life(d)))?;
-                history.not_before.checked_duration_since(now)
+                history.not_before?.checked_duration_since(now)
             };
             match next_step(&snapshot, self.plan.partner_grace, blocked) {
                 Step::Examine(pair) => {
                     let (prefill, decode) = *pair;
                     let key = (life(&prefill), life(&decode));
-                    let history = histories.entry(key).or_insert(History {
-                        faults: 0,
-                        breaks: 0,
-                        not_before: now,
-                    });
+                    let history = histories.entry(key).or_default();
                     self.examine(&prefill, &decode, history).await;
                 }
                 Step::Unpaired(life) => self.tell(&life, Finding::Unpaired).await,
@@ -110,6 +101,7 @@ impl Canary {
             prefill: prefill.addr,
             decode: decode.addr,
         };
+        let began = Instant::now();
         let lives = [life(prefill), life(decode)];
         let mut watch = self.watch.clone();
         let died = async {
@@ -125,39 +117,34 @@ impl Canary {
         let Err(error) = result else {
             tracing::info!("canary: {d} loads from {p} what it would compute itself");
             for life in &lives {
+                self.passed.insert(life.0.clone());
                 self.tell(life, Finding::Proven).await;
             }
             return;
         };
         let why = check::explain(&error);
         tracing::warn!("canary {p} -> {d}: {why}");
-        history.not_before = Instant::now() + RETRY;
-        let refused = match error.severity() {
-            Severity::Wrong => true,
-            Severity::Fault => {
-                history.faults += 1;
-                history.faults >= MAX_FAULTS
-            }
-            Severity::Broken => {
-                history.breaks += 1;
-                history.breaks >= MAX_BREAKS
-            }
-            Severity::StoreOff => {
-                history.not_before = Instant::now() + STORE_OFF_RETRY;
-                for life in &lives {
-                    self.tell(life, Finding::Unpaired).await;
-                }
-                false
+        let severity = error.severity();
+        self.store_off |= severity == Severity::StoreOff;
+        let known =
+            |node: &NodeView| node.trust == KvTrust::Proven || self.passed.contains(&node.id);
+        let standing = Standing {
+            ever_proven: known(prefill) || known(decode),
+            store_off: self.store_off,
+            grace: self.plan.partner_grace,
+        };
+        let times = (began, Instant::now());
+        let finding = match history.failed(severity, standing, self.pace, times) {
+            Outcome::Again(_) => return,
+            Outcome::Unpaired(_) => Finding::Unpaired,
+            Outcome::Refuse => {
+                Finding::Refused(format!("the canary {p} -> {d} was refused: {why}"))
             }
         };
-        if refused {
-            let reason = format!("the canary {p} -> {d} was refused: {why}");
-            for node in [prefill, decode] {
-                // Whoever passed with another partner is not to blame.
-                if node.trust != KvTrust::Proven {
-                    self.tell(&life(node), Finding::Refused(reason.clone()))
-                        .await;
-                }
+        for node in [prefill, decode] {
+            // Whoever passed with another partner is not to blame.
+            if node.trust != KvTrust::Proven {
+                self.tell(&life(node), finding.clone()).await;
             }
         }
     }

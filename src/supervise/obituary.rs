@@ -26,7 +26,7 @@ impl Exit {
     }
 }
 
-/// Nothing that time heals.
+/// Nothing that time heals, if it is said before the node was ever healthy (`ending.rs` looks).
 const NEVER: [&str; 7] = [
     "unrecognized arguments",
     "error: argument ",

@@ -30,9 +30,9 @@ pub enum CallError {
 }
 
 impl CallError {
-    /// The node may just be dying; its supervisor will see.
-    pub fn is_transport(&self) -> bool {
-        matches!(self, Self::Transport(_))
+    /// The node may just be busy, or dying, which its supervisor will see.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Timeout(_) | Self::Transport(_))
             || matches!(self, Self::Status { status, .. } if *status == StatusCode::SERVICE_UNAVAILABLE)
     }
 }

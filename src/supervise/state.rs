@@ -90,6 +90,8 @@ pub struct Machine {
     force: Force,
     restarts: u32,
     spawned: bool,
+    /// Some incarnation has answered /health, so the command line is right.
+    once_healthy: bool,
     trust: KvTrust,
     reason: Option<String>,
     /// Why the warm-up goes on.
@@ -110,6 +112,7 @@ impl Machine {
             force: Force::None,
             restarts: 0,
             spawned: false,
+            once_healthy: false,
             trust: fresh_trust(role),
             reason: None,
             trouble: None,
@@ -332,6 +335,7 @@ impl Machine {
         match (probe, self.state) {
             (Probe::Healthy, state) => {
                 self.heard = now;
+                self.once_healthy = true;
                 match state {
                     State::Starting { .. } => {
                         self.state = State::WarmingUp {

@@ -7,7 +7,7 @@ use rand::RngExt;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::handoff::{HandoffBoard, HandoffFailure, HandoffId, HandoffOutcome};
+use crate::handoff::{HandoffBoard, HandoffFailure, HandoffId, HandoffOutcome, HandoffState};
 
 use super::super::CanaryPlan;
 use super::super::probe::{CallError, NodeClient};
@@ -18,6 +18,8 @@ const CHUNKS: u32 = 3;
 /// Beyond the last full chunk, so that the decode node also computes something.
 const REST: u32 = 7;
 const TOKENS: u32 = 16;
+/// For the engine's report, which comes on another way than the reply.
+const OPEN_GRACE: Duration = Duration::from_secs(1);
 /// Counters are published a little after the reply.
 const COUNTER_LIMIT: Duration = Duration::from_secs(3);
 const COUNTER_POLL: Duration = Duration::from_millis(100);
@@ -31,6 +33,8 @@ pub enum CheckError {
     Decode(#[source] CallError),
     #[error("the hand-off failed")]
     Handoff(#[source] HandoffFailure),
+    #[error("the prefill node never opened the hand-off; look for its connector in its log")]
+    NeverOpened,
     #[error("the reply has no usable logprobs: {0}")]
     Reply(&'static str),
     #[error("only {stored} of the prompt's {CHUNKS} chunks reached the store")]
@@ -44,11 +48,15 @@ pub enum CheckError {
 /// What follows from an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Severity {
-    /// The KV is wrong, or is not handed over at all.
+    /// Not all of it is handed over.
     Wrong,
+    /// The answers differ. May have been a near tie.
+    Different,
     /// May have been an accident.
     Fault,
-    /// A node is dying, which its supervisor will see.
+    /// The hand-off was not even begun.
+    Silent,
+    /// A node is dying, which its supervisor will see, or the nodes or the store are busy.
     Broken,
     StoreOff,
 }
@@ -56,13 +64,21 @@ pub enum Severity {
 impl CheckError {
     pub fn severity(&self) -> Severity {
         match self {
-            Self::Prefill(call) | Self::Decode(call) if call.is_transport() => Severity::Broken,
-            Self::Handoff(HandoffFailure::ProducerDied) => Severity::Broken,
-            Self::Handoff(HandoffFailure::EngineDown) => Severity::StoreOff,
-            Self::Prefill(_) | Self::Decode(_) | Self::Handoff(_) | Self::Reply(_) => {
+            Self::Prefill(call) | Self::Decode(call) if call.may_pass() => Severity::Broken,
+            Self::Handoff(failure) => match failure {
+                HandoffFailure::EngineDown => Severity::StoreOff,
+                HandoffFailure::SaveFailed => Severity::Fault,
+                HandoffFailure::ProducerDied
+                | HandoffFailure::NoSpace
+                | HandoffFailure::Aborted
+                | HandoffFailure::Deadline => Severity::Broken,
+            },
+            Self::NeverOpened => Severity::Silent,
+            Self::Prefill(_) | Self::Decode(_) | Self::Reply(_) | Self::NotLoaded { .. } => {
                 Severity::Fault
             }
-            Self::NotStored { .. } | Self::NotLoaded { .. } | Self::Different(_) => Severity::Wrong,
+            Self::NotStored { .. } => Severity::Wrong,
+            Self::Different(_) => Severity::Different,
         }
     }
 }
@@ -108,6 +124,10 @@ impl Check<'_> {
         set(&mut body, "kv_transfer_params", first_leg);
         let saved = self.client.complete(self.prefill, &body, limit).await;
         saved.map_err(CheckError::Prefill)?;
+        let _ = ticket.settled_within(OPEN_GRACE.min(limit)).await;
+        if ticket.state() == HandoffState::Expected {
+            return Err(CheckError::NeverOpened);
+        }
         match ticket.settled_within(limit).await {
             HandoffOutcome::Ready { chunks, .. } if chunks >= CHUNKS => {}
             HandoffOutcome::Ready { chunks, .. } => {

@@ -67,6 +67,6 @@ fn a_blocked_pair_is_looked_at_again_in_time() {
         ("d", Role::Decode, Phase::Verifying, KvTrust::Unproven),
         ("p", Role::Prefill, Phase::Verifying, KvTrust::Unproven),
     ]);
-    let step = next_step(&fleet, GRACE, |_, _| Some(RETRY));
-    assert!(matches!(step, Step::Wait(Some(wait)) if wait == RETRY));
+    let step = next_step(&fleet, GRACE, |_, _| Some(GRACE));
+    assert!(matches!(step, Step::Wait(Some(wait)) if wait == GRACE));
 }

@@ -107,7 +107,9 @@ impl Machine {
         let State::Ending { then, .. } = self.state else {
             return;
         };
-        let never = matches!(&obituary, Some(it) if it.mendable == Mendable::Never);
+        // The log of a node that has served tells of its clients' errors too.
+        let never =
+            !self.once_healthy && matches!(&obituary, Some(it) if it.mendable == Mendable::Never);
         if let (Some(obituary), Then::Restart { .. } | Then::End(End::CrashLoop)) = (obituary, then)
             && self.force == Force::None
         {

@@ -116,6 +116,28 @@ fn a_hopeless_death_is_not_retried() {
 }
 
 #[test]
+fn a_hopeless_last_word_counts_only_before_the_node_was_healthy() {
+    use super::super::obituary::{Exit, write};
+    let obituary = || {
+        let tail = ["FileNotFoundError: [Errno 2] No such file or directory: '/x'".to_owned()];
+        let obituary = write(Exit::Code(1), &tail);
+        assert_eq!(obituary.mendable, Mendable::Never);
+        Event::Reaped(Some(obituary))
+    };
+    let (mut node, now) = ready(Role::Decode);
+    node.step(Event::Exited("code 1".into()), now);
+    node.step(obituary(), now);
+    start(&mut node, now);
+    assert_eq!(node.phase(), Phase::Starting);
+    assert_eq!(node.restarts(), 1);
+    let (mut node, now) = machine(Role::Decode);
+    start(&mut node, now);
+    node.step(Event::Exited("code 1".into()), now);
+    node.step(obituary(), now);
+    assert_eq!(node.phase(), Phase::Failed);
+}
+
+#[test]
 fn a_refused_node_is_stopped_and_says_why() {
     let (mut node, now) = machine(Role::Decode);
     warm(&mut node, now);

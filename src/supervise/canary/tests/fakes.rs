@@ -17,12 +17,23 @@ use super::super::*;
 
 const BLOCK: u32 = 32;
 const LIMIT: Duration = Duration::from_secs(20);
+/// Some examinations wait for seconds, and are repeated.
+const HANG: Duration = Duration::from_secs(90);
+const QUICK: Pace = Pace {
+    first: Duration::from_millis(1),
+    max: Duration::from_millis(5),
+};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
     None,
     Logprob,
+    /// Only the first loaded answer is wrong.
+    OneLogprob,
     NothingLoaded,
+    NothingLoadedOnce,
+    /// The prefill node's connector says nothing.
+    NeverOpened,
     Handoff(HandoffFailure),
     /// The first prefill request is answered with 503.
     OneBreak,
@@ -52,6 +63,7 @@ async fn complete(
         }
         let id = body.pointer("/kv_transfer_params/pegaflow/handoff");
         let outcome = match node.fault {
+            Fault::NeverOpened => return Ok(Json(json!({}))),
             Fault::Handoff(failure) => HandoffOutcome::Failed(failure),
             _ => HandoffOutcome::Ready {
                 chunks: 3,
@@ -61,10 +73,13 @@ async fn complete(
         node.board
             .settle(&id.unwrap().as_str().unwrap().into(), outcome);
     }
-    if leg == "decode" && node.fault != Fault::NothingLoaded {
+    let lost =
+        node.fault == Fault::NothingLoaded || (node.fault == Fault::NothingLoadedOnce && call == 0);
+    if leg == "decode" && !lost {
         node.hits.fetch_add(3 * BLOCK, Ordering::Relaxed);
     }
-    let wrong = leg == "decode" && node.fault == Fault::Logprob;
+    let differs = node.fault == Fault::Logprob || (node.fault == Fault::OneLogprob && call == 0);
+    let wrong = leg == "decode" && differs;
     let logprob = |id: &u64| -(*id as f64) / 1000.0 - if wrong { 1e-6 } else { 0.0 };
     let ids = prompt.iter().take(16);
     let tokens: Vec<_> = ids.clone().map(|id| format!("t{id}")).collect();
@@ -147,6 +162,9 @@ impl Pair {
             board,
             watch: fleet.watch(),
             verdicts,
+            pace: QUICK,
+            passed: BTreeSet::new(),
+            store_off: false,
         };
         tasks.spawn(canary.run());
         Self { fleet, tasks }
@@ -158,7 +176,7 @@ impl Pair {
         let settled =
             watch.wait_for(|fleet| fleet.nodes().all(|node| node.phase != Phase::Verifying));
         drop(
-            tokio::time::timeout(LIMIT, settled)
+            tokio::time::timeout(HANG, settled)
                 .await
                 .expect("no verdict"),
         );
@@ -179,7 +197,39 @@ async fn a_pair_that_agrees_is_proven() {
 async fn a_wrong_logprob_refuses_both() {
     let pair = Pair::examine(Fault::Logprob, KvTrust::Unproven).await;
     let trusts = pair.trusts().await;
+    let (KvTrust::Refused(why), KvTrust::Refused(_)) = trusts else {
+        panic!("{trusts:?}");
+    };
+    assert!(why.contains("give different answers"), "{why}");
+}
+
+#[tokio::test]
+async fn one_bad_examination_is_repeated() {
+    for fault in [Fault::OneLogprob, Fault::NothingLoadedOnce] {
+        let pair = Pair::examine(fault, KvTrust::Proven).await;
+        assert_eq!(pair.trusts().await, (KvTrust::Proven, KvTrust::Proven));
+    }
+}
+
+#[tokio::test]
+async fn a_full_store_does_not_refuse_a_node_whose_partner_is_proven() {
+    for failure in [
+        HandoffFailure::NoSpace,
+        HandoffFailure::Aborted,
+        HandoffFailure::Deadline,
+    ] {
+        let pair = Pair::examine(Fault::Handoff(failure), KvTrust::Proven).await;
+        assert_eq!(pair.trusts().await, (KvTrust::Proven, KvTrust::Unproven));
+    }
+}
+
+#[tokio::test]
+async fn a_prefill_node_that_never_opens_is_found_out_long_before_the_deadline() {
+    let started = Instant::now();
+    let pair = Pair::examine(Fault::NeverOpened, KvTrust::Unproven).await;
+    let trusts = pair.trusts().await;
     assert!(matches!(trusts, (KvTrust::Refused(_), KvTrust::Refused(_))));
+    assert!(started.elapsed() < LIMIT);
 }
 
 #[tokio::test]
