@@ -101,20 +101,8 @@ pub(super) async fn deliver(
             phase = legs::lost(cx.fleet.clone(), &pick, SILENCE) => LegError::NodeLost { phase },
         };
         tracing::warn!(node = %pick.id, id = call.caller.id, %error, "a leg failed before its first byte");
-        if matches!(error, LegError::FirstByteTimeout { .. }) && !is_stream(call) {
-            // The whole answer has to come within the limit: another node would need as long.
-            let node = pick.id.clone();
-            return Err(RouterError::Nodes {
-                node,
-                source: error,
-            });
-        }
         choice.failed(&pick, error);
     }
-}
-
-fn is_stream(call: &Call<'_>) -> bool {
-    call.fields.present("stream") == Some("true")
 }
 
 fn suffix(attempts: usize) -> &'static str {

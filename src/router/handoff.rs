@@ -87,6 +87,14 @@ pub(super) async fn prefill(cx: &Context, call: &Call<'_>) -> Stage {
     Stage::Decode(Prefilled::default())
 }
 
+/// P's reply and its words to the engine travel apart: for a prompt below one chunk, P asks the
+/// engine nothing that it waits for, and its reply may be first.
+const OPEN_GRACE: Duration = Duration::from_millis(100);
+
+/// How long P may miss its health probes before the prompt goes elsewhere: longer than the stalls of
+/// a busy API server, shorter than a client's patience.
+const SILENCE: Duration = Duration::from_secs(3);
+
 type Tried = (crate::fleet::NodeId, u64);
 
 fn pick(cx: &Context, tried: &[Tried]) -> Option<Pick> {
@@ -138,8 +146,9 @@ impl Attempt {
     }
 
     async fn wait(&mut self, cx: &Context, deadline: Instant) -> Event {
-        let mut lost = std::pin::pin!(legs::lost(cx.fleet.clone(), &self.pick, Duration::ZERO));
+        let mut lost = std::pin::pin!(legs::lost(cx.fleet.clone(), &self.pick, SILENCE));
         let mut late = std::pin::pin!(sleep_until(deadline));
+        let mut unopened = None;
         loop {
             tokio::select! {
                 // A hand-off that is ready counts, whatever else happened meanwhile.
@@ -152,11 +161,14 @@ impl Attempt {
                         Ok(Reply::Complete(reply)) if !reply.status.is_success() => {
                             return Event::Rejected(reply);
                         }
-                        Ok(_) if self.ticket.state() == HandoffState::Expected => {
-                            return Event::NotOpened;
-                        }
-                        Ok(_) => {}
+                        Ok(_) => unopened = Some(Instant::now() + OPEN_GRACE),
                     }
+                }
+                () = until(unopened) => {
+                    if self.ticket.state() == HandoffState::Expected {
+                        return Event::NotOpened;
+                    }
+                    unopened = None;
                 }
                 phase = &mut lost => return Event::Failed(LegError::NodeLost { phase }),
                 () = &mut late => return Event::Late,
@@ -186,6 +198,13 @@ impl Attempt {
 
     fn into_tried(self) -> Tried {
         (self.pick.id.clone(), self.pick.incarnation)
+    }
+}
+
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => sleep_until(moment).await,
+        None => std::future::pending().await,
     }
 }
 
