@@ -69,6 +69,8 @@ impl Launch<'_> {
             flag("--prefix-caching-hash-algo", "sha256_cbor".to_owned());
             flag("--kv-transfer-config", kv_transfer_config());
         }
+        // A line for each health probe would fill the log and count as progress of a start.
+        argv.push("--disable-uvicorn-access-log".to_owned());
         argv.extend(node.args.iter().cloned());
         argv
     }
