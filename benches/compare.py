@@ -16,6 +16,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 
@@ -32,15 +33,18 @@ def percentile(values, share):
 class Fleet:
     """One `pegaflow up`, from start to ready to stopped."""
 
-    def __init__(self, topology):
+    def __init__(self, topology, environment=None):
         self.topology = topology
+        self.environment = os.environ | (environment or {})
         with open(topology, "rb") as file:
             config = tomllib.load(file)
         self.base = "http://" + config.get("router", {}).get("listen", "127.0.0.1:8000")
 
     def __enter__(self):
         started = time.monotonic()
-        self.process = subprocess.Popen([BINARY, "up", self.topology], stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [BINARY, "up", self.topology], stdout=subprocess.PIPE, env=self.environment, text=True
+        )
         for line in self.process.stdout:
             if "pegaflow is ready" in line:
                 break
@@ -98,6 +102,17 @@ async def load(base, args):
         return await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def cold_start(topology):
+    """Start to ready with nothing in the caches (vLLM downloaded, model generated), then with everything in them."""
+    with tempfile.TemporaryDirectory() as empty:
+        caches = {"PEGAFLOW_CACHE_DIR": f"{empty}/pegaflow", "UV_CACHE_DIR": f"{empty}/uv", "PIP_NO_CACHE_DIR": "1"}
+        print("| start of " + os.path.basename(topology) + " | seconds to ready |\n|---|---|")
+        for name in ("fresh machine: install vLLM, generate the model", "cached", "cached, again"):
+            with Fleet(topology, caches) as fleet:
+                print(f"| {name} | {fleet.ready_seconds:.1f} |", flush=True)
+    print()
+
+
 def report(name, ready, results):
     good = [times for times in results if isinstance(times, list) and len(times) > 1]
     ttft = [times[0] * 1e3 for times in good]
@@ -127,7 +142,10 @@ def main():
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--cold", action="store_true", help="measure starts of the first topology before the load")
     args = parser.parse_args()
+    if args.cold:
+        cold_start(args.topologies[0])
     print(
         f"{args.requests} requests, {args.prompt_tokens} prompt tokens, "
         f"{args.output_tokens} output tokens, Poisson {args.rate}/s, seed {args.seed}\n"

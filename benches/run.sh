@@ -6,4 +6,4 @@ cargo build --locked --release
 [ -x target/test-venv/bin/python ] || python3 -m venv target/test-venv
 target/test-venv/bin/pip install --quiet --disable-pip-version-check -r tests/real/requirements.txt
 exec target/test-venv/bin/python benches/compare.py \
-    configs/1p1d-cpu.toml configs/unified2-cpu.toml --rounds "${ROUNDS:-3}" "$@"
+    configs/1p1d-cpu.toml configs/unified2-cpu.toml --cold --rounds "${ROUNDS:-3}" "$@"

@@ -69,7 +69,7 @@ pub enum HandoffFailure {
 
 impl HandoffFailure {
     /// A stable label for metrics.
-    pub fn label(self) -> &'static str {
+    pub const fn label(self) -> &'static str {
         match self {
             Self::NoSpace => "no_space",
             Self::ProducerDied => "producer_died",

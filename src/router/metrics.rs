@@ -10,6 +10,7 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
 use super::split::{Endpoint, WholeReason};
+use crate::handoff::HandoffFailure;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RequestLabels {
@@ -51,6 +52,19 @@ pub struct RouterMetrics {
     queued: Gauge,
 }
 
+/// Why a prompt was not handed off, as far as it is known beforehand; a failed leg adds its own.
+const FALLBACKS: [&str; 9] = [
+    "no_decode_node",
+    "not_opened",
+    "handoff_timeout",
+    HandoffFailure::NoSpace.label(),
+    HandoffFailure::ProducerDied.label(),
+    HandoffFailure::Aborted.label(),
+    HandoffFailure::SaveFailed.label(),
+    HandoffFailure::Deadline.label(),
+    HandoffFailure::EngineDown.label(),
+];
+
 impl RouterMetrics {
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self {
@@ -66,6 +80,10 @@ impl RouterMetrics {
             in_flight: Gauge::default(),
             queued: Gauge::default(),
         };
+        // There from the start, at zero: a rate over a counter that does not exist yet is no rate.
+        for reason in FALLBACKS {
+            drop(metrics.fallbacks.get_or_create(&ReasonLabels { reason }));
+        }
         let registry = registry.sub_registry_with_prefix("pegaflow_router");
         registry.register("requests", "Requests that ended", metrics.requests.clone());
         registry.register(
