@@ -15,6 +15,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -195,6 +196,39 @@ fn stopped_processes_die_too() {
     let line = guard.line();
     assert!(line.ends_with("signal 9"), "{line}");
     guard.assert_gone();
+}
+
+#[test]
+fn the_whole_tree_stays_on_its_cores() {
+    let script = with_child("subprocess.Popen(again, start_new_session=True)");
+    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    let core = (0..CpuSet::count())
+        .rev()
+        .find(|&core| allowed.is_set(core).unwrap())
+        .unwrap();
+    let mut guard = Guard::start_with(&script, &["--cpus", &core.to_string()]);
+    guard.spawned();
+    guard.wait_for(3);
+    let mut expected = CpuSet::new();
+    expected.set(core).unwrap();
+    for pid in alive(&guard.marker) {
+        let allowed = sched_getaffinity(Pid::from_raw(pid)).unwrap();
+        assert_eq!(allowed, expected, "process {pid}");
+    }
+    guard.send("kill\n");
+    assert!(guard.line().ends_with("signal 9"));
+    guard.assert_gone();
+}
+
+#[test]
+fn cores_that_are_not_there_are_reported() {
+    let mut guard = Guard::start_with("pass", &["--cpus", "1000"]);
+    let line = guard.line();
+    assert!(
+        line.starts_with("failed ") && line.contains("1000"),
+        "{line}"
+    );
+    assert_eq!(guard.line(), "empty");
 }
 
 #[test]

@@ -1,29 +1,42 @@
 //! CPU cores to nodes, the way GPUs are given. Pure.
 //!
-//! Nodes that name cores get those. The others share what is left equally, in whole cores per rank;
+//! Nodes that name cores get those, each core once. The others share what is left equally, in whole cores per rank;
 //! what does not divide is left to the router and the store. With more ranks than cores, cores are
 //! shared in turn, with a warning.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+
 use super::problem::{Found, PlanProblem};
 use super::{Placement, Replica};
+use crate::fleet::NodeId;
 use crate::topology::CpuRequest;
 
 /// One placement per replica, complete only if no problem was found.
 pub(super) fn pin(replicas: &[Replica<'_>], cores: &[usize], found: &mut Found) -> Vec<Placement> {
-    let mut named: Vec<usize> = Vec::new();
+    let mut named: BTreeMap<usize, &NodeId> = BTreeMap::new();
     for replica in replicas {
         if let CpuRequest::Listed(listed) = &replica.settings.cpus {
             check(replica, listed, cores, found);
-            if listed.iter().any(|core| named.contains(core)) {
-                found.warning(format!("{} shares cores with another node", replica.id));
+            for &core in listed {
+                match named.entry(core) {
+                    Entry::Vacant(place) => _ = place.insert(&replica.id),
+                    Entry::Occupied(taken) => found.problem(
+                        format!("{}.cpus", replica.key),
+                        PlanProblem::CoreDoubleBooked {
+                            node: replica.id.clone(),
+                            core,
+                            other: NodeId::clone(taken.get()),
+                        },
+                    ),
+                }
             }
-            named.extend(listed);
         }
     }
     let left: Vec<usize> = cores
         .iter()
         .copied()
-        .filter(|core| !named.contains(core))
+        .filter(|core| !named.contains_key(core))
         .collect();
     let ranks: usize = replicas
         .iter()
@@ -151,6 +164,16 @@ mod tests {
         assert!(matches!(
             found.problems()[..],
             [PlanProblem::UnknownCore { core: 9, .. }]
+        ));
+    }
+
+    #[test]
+    fn a_core_is_given_to_one_node_only() {
+        let nodes = [listed("a", &[0, 1]), listed("b", &[1])];
+        let (_, found) = pinned(&nodes, &[0, 1]);
+        assert!(matches!(
+            found.problems()[..],
+            [PlanProblem::CoreDoubleBooked { core: 1, .. }]
         ));
     }
 

@@ -72,6 +72,15 @@ pub enum PlanProblem {
         cores: Vec<usize>,
     },
     #[error(
+        "core {core} is given to {other} already; list other cores for {node}, or write \"auto\" for \
+         both"
+    )]
+    CoreDoubleBooked {
+        node: NodeId,
+        core: usize,
+        other: NodeId,
+    },
+    #[error(
         "a model with multi-head latent attention ({model_type}) answers wrongly on the CPU when \
          its KV is loaded: vLLM's CPU kernels for it ignore context they did not compute; use \
          `role = \"unified\"` nodes, or GPUs (`allow_unproven_models = true` in [kv] skips this \
@@ -90,7 +99,10 @@ pub enum PlanProblem {
 impl PlanProblem {
     /// The topology is sound; this machine has too little for it.
     fn lacks_machine(&self) -> bool {
-        !matches!(self, Self::DoubleBooked { .. } | Self::MlaOnCpu { .. })
+        !matches!(
+            self,
+            Self::DoubleBooked { .. } | Self::CoreDoubleBooked { .. } | Self::MlaOnCpu { .. }
+        )
     }
 }
 

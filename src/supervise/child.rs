@@ -27,6 +27,8 @@ pub struct SpawnSpec<'a> {
     pub run_dir: &'a Path,
     pub argv: &'a [String],
     pub env: BTreeMap<String, String>,
+    /// The only cores that the tree may run on; empty: all.
+    pub cpus: &'a [usize],
     pub log: LogTarget,
 }
 
@@ -61,7 +63,12 @@ impl Incarnation {
         let mut command = Command::new(spec.guard_program);
         command
             .args(["__guard", "--node", &node, "--private-shm", "--run-dir"])
-            .arg(spec.run_dir)
+            .arg(spec.run_dir);
+        if !spec.cpus.is_empty() {
+            let cores: Vec<_> = spec.cpus.iter().map(usize::to_string).collect();
+            command.args(["--cpus", &cores.join(",")]);
+        }
+        command
             .arg("--")
             .args(spec.argv)
             .envs(spec.env)

@@ -280,6 +280,7 @@ impl NodeActor {
             run_dir: &self.shared.run_dir,
             argv: &self.plan.argv,
             env,
+            cpus: &self.plan.cpus,
             log: LogTarget {
                 node: self.plan.id.clone(),
                 path: log_path(&self.shared.log_dir, &self.plan.id),

@@ -162,6 +162,8 @@ class Reference:
         env.pop("PYTHONPATH", None)
         env["VLLM_PORT"] = str(machine.free_port())
         self.log = workdir / "reference.log"
+        self.fleet, self.shm_before = fleet, machine.shm_files()
+        self.forgotten: set[str] = set()
         self.process = subprocess.Popen(
             self.argv, env=env, stdin=subprocess.DEVNULL, stdout=self.log.open("wb"), stderr=subprocess.STDOUT
         )
@@ -175,11 +177,14 @@ class Reference:
                 return False
 
         machine.wait_until(healthy, READY_LIMIT, "the reference node is healthy")
+        # vLLM forgets semaphores that it made while it started. The fleet is idle meanwhile: none is the fleet's.
+        self.forgotten = machine.shm_files() - self.shm_before
+        self.fleet.shm_before |= self.forgotten
 
     def close(self) -> None:
         """Cleans up after itself: what vLLM leaves in /dev/shm must not look like pegaflow's."""
         pids = machine.tree(self.process.pid)
-        shm = machine.shm_in_use(pids)
+        shm = machine.shm_in_use(pids) | self.forgotten
         self.process.terminate()
         try:
             self.process.wait(timeout=20)
