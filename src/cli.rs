@@ -2,6 +2,7 @@
 //! engine and the router meet.
 
 mod exit;
+mod kv;
 mod prepare;
 mod ready;
 mod up;
@@ -32,6 +33,8 @@ enum Command {
     Up(Target),
     /// Install the runtime and fetch the model that a topology needs, and stop there.
     Prepare(Target),
+    /// Look at the KV store of a running `up`, or empty it.
+    Kv(kv::KvArgs),
     /// The process between pegaflow and one node (internal).
     #[command(name = "__guard", hide = true)]
     Guard(GuardArgs),
@@ -52,6 +55,7 @@ pub fn main() -> ExitCode {
         Command::Guard(args) => guard_main(args),
         Command::Up(target) => run(&target, up::up),
         Command::Prepare(target) => run(&target, prepare::prepare),
+        Command::Kv(args) => kv::kv(&args),
     }
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //! $XDG_RUNTIME_DIR/pegaflow/<name>/   or   /tmp/pegaflow-<uid>/<name>/        0700, ours, no link
 //!     lock          flock held for life; holds InstanceInfo as JSON
-//!     engine.sock, shim/
+//!     engine.sock, control.sock, shim/
 //! $XDG_STATE_HOME/pegaflow/<name>/logs/                                      survives the instance
 //!
 //! free ── acquire: flock, wipe what a dead one left ──▶ held ── release or drop ──▶ removed
@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 pub use place::Places;
 
 const LOCK: &str = "lock";
+const CONTROL: &str = "control.sock";
 /// A lock may be busy for an instant only: somebody looks at it ([`running`]), or its holder ends.
 const TRIES: usize = 10;
 const RETRY: Duration = Duration::from_millis(20);
@@ -182,6 +183,11 @@ impl Instance {
         self.dir.join("engine.sock")
     }
 
+    /// Where the control API listens.
+    pub fn control_socket(&self) -> PathBuf {
+        self.dir.join(CONTROL)
+    }
+
     /// Where [`Instance::unpack_shim`] writes: the nodes' PYTHONPATH.
     pub fn shim_dir(&self) -> PathBuf {
         self.dir.join("shim")
@@ -245,6 +251,11 @@ pub fn running_in(places: &Places, name: &str) -> Result<Option<InstanceInfo>, I
         Err(TryLockError::WouldBlock) => Ok(read_info(&mut file)),
         Err(TryLockError::Error(error)) => Err(InstanceError::io(&path)(error)),
     }
+}
+
+/// Where the instance of this name answers to whoever operates it.
+pub fn control_socket(name: &str) -> Result<PathBuf, InstanceError> {
+    Ok(Places::from_env()?.run_dir(name)?.join(CONTROL))
 }
 
 enum Attempt {

@@ -10,6 +10,8 @@
 //! - [`router`]: OpenAI-compatible HTTP; sends a request to a prefill node, waits on the hand-off
 //!   board, and sends the same prompt to a decode node.
 //!
+//! - [`control`]: an API on a Unix socket for whoever operates it.
+//!
 //! Data flows one way: TOML -> Topology -> (host snapshot) -> Plan -> Fleet -> {supervise | engine |
 //! router} -> observe. Imports only go downward in the order of the `mod` lines below
 //! (`tests/tidy.rs` checks it).
@@ -23,6 +25,7 @@
 //! - **Incarnation**: one life of a node, numbered from 1. **Drain**: finish what runs, take nothing new.
 
 pub mod cli;
+pub mod control;
 pub mod engine;
 pub mod fleet;
 pub mod handoff;

@@ -22,6 +22,7 @@ use tokio::task::{JoinError, JoinHandle, JoinSet};
 use super::prepare::{Installed, Run, install, load};
 use super::ready::{self, Start};
 use super::{Context, Exit};
+use crate::control::{Control, ControlDeps};
 use crate::engine::{Engine, EngineConfig};
 use crate::fleet::{FleetPublisher, FleetWatch, NodeId, NodeView};
 use crate::handoff::HandoffBoard;
@@ -109,6 +110,13 @@ async fn serve(
             .map(|node| NodeView::pending(node.id.clone(), node.role, node.addr)),
     );
 
+    let control = ControlDeps {
+        fleet: fleet.watch(),
+        engine: engine.clone(),
+    };
+    let control = Control::start(&instance.control_socket(), control)
+        .map_err(|error| Exit::Machine(error.into()))?;
+
     // The nodes stop after the router has drained, so they follow a shutdown of their own.
     let nodes = Shutdown::default();
     let supervisor = SupervisorDeps {
@@ -146,6 +154,7 @@ async fn serve(
     nodes.begin();
     let supervised = supervisor.await;
     helpers.shutdown().await;
+    control.shutdown().await;
     if let Some(engine) = engine.and_then(Arc::into_inner) {
         engine.shutdown(ENGINE_STOP).await;
     }

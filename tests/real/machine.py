@@ -2,8 +2,10 @@
 
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 SHM = Path("/dev/shm")
@@ -17,6 +19,17 @@ def wait_until(condition: Callable[[], object], limit: float, what: str):
             return value
         assert time.monotonic() < end, f"not within {limit} s: {what}"
         time.sleep(0.05)
+
+
+@contextmanager
+def later(seconds: float, act: Callable[[], object]) -> Iterator[None]:
+    """Acts while the body runs; when the body ends it has happened."""
+    timer = threading.Timer(seconds, act)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
 
 
 def free_port() -> int:

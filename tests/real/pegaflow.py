@@ -80,15 +80,14 @@ class Fleet:
     def node_url(self, name: str) -> str:
         return f"http://{self.node(name)['addr']}"
 
+    def is_back(self, name: str, incarnation: int) -> bool:
+        node = self.node(name)
+        return node["incarnation"] > incarnation and node["phase"] == "ready" and node["kv"] == "proven"
+
     def wait_for_return(self, name: str, incarnation: int) -> float:
         """Waits until a later life of the node is ready and its KV proven; returns the seconds."""
         started = time.monotonic()
-
-        def back() -> bool:
-            node = self.node(name)
-            return node["incarnation"] > incarnation and node["phase"] == "ready" and node["kv"] == "proven"
-
-        machine.wait_until(back, RESTART_LIMIT, f"{name} is back, ready and proven")
+        machine.wait_until(lambda: self.is_back(name, incarnation), RESTART_LIMIT, f"{name} is back, ready and proven")
         return time.monotonic() - started
 
     def metric(self, name: str) -> float:
