@@ -16,11 +16,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use tokio_util::sync::CancellationToken;
-
 use crate::runtime::child::ChildError;
 use crate::runtime::lock::LockError;
-use crate::runtime::{Progress, Runtime, cache_root};
+use crate::runtime::{Job, Runtime, cache_root};
 use crate::topology::{ModelFacts, ModelRef};
 
 /// Why the model could not be had.
@@ -118,8 +116,7 @@ pub async fn resolve(
     model: &ModelRef,
     runtime: &Runtime,
     shim_dir: &Path,
-    ui: &dyn Progress,
-    cancel: &CancellationToken,
+    job: Job<'_>,
 ) -> Result<ModelFacts, ModelError> {
     match model {
         ModelRef::BuiltinTiny => {
@@ -128,12 +125,10 @@ pub async fn resolve(
                 .interpreter
                 .as_deref()
                 .ok_or(ModelError::NoInterpreter)?;
-            builtin_tiny(interpreter, shim_dir, &cache, ui, cancel).await
+            builtin_tiny(interpreter, shim_dir, &cache, job).await
         }
         ModelRef::Path(dir) => local_directory(dir).await,
-        ModelRef::HuggingFace(id) => {
-            hub::resolve(id, runtime.interpreter.as_deref(), ui, cancel).await
-        }
+        ModelRef::HuggingFace(id) => hub::resolve(id, runtime.interpreter.as_deref(), job).await,
     }
 }
 
@@ -142,10 +137,9 @@ pub async fn builtin_tiny(
     interpreter: &Path,
     shim_dir: &Path,
     cache: &Path,
-    ui: &dyn Progress,
-    cancel: &CancellationToken,
+    job: Job<'_>,
 ) -> Result<ModelFacts, ModelError> {
-    let dir = builtin::generate(interpreter, shim_dir, cache, ui, cancel).await?;
+    let dir = builtin::generate(interpreter, shim_dir, cache, job).await?;
     local_directory(&dir).await
 }
 

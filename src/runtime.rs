@@ -8,7 +8,7 @@
 //! ```
 
 mod cache;
-pub(crate) mod child;
+pub mod child;
 pub(crate) mod lock;
 mod managed;
 mod search;
@@ -26,6 +26,7 @@ use crate::topology::{Launcher, RuntimeSettings};
 
 pub use cache::cache_root;
 pub(crate) use cache::{discard_partials, hex, partial_sibling};
+pub use child::Guarding;
 
 const PROBE_LIMIT: Duration = Duration::from_secs(60);
 
@@ -58,6 +59,15 @@ pub struct NoProgress;
 impl Progress for NoProgress {
     fn status(&self, _text: &str) {}
     fn note(&self, _text: &str) {}
+}
+
+/// What every slow job works with.
+#[derive(Clone, Copy)]
+pub struct Job<'a> {
+    pub ui: &'a dyn Progress,
+    pub cancel: &'a CancellationToken,
+    /// What its helper programs run under.
+    pub guard: &'a Guarding,
 }
 
 /// What serves the nodes.
@@ -161,11 +171,7 @@ impl RuntimeError {
 }
 
 /// Finds or makes the runtime. Idempotent; a second call is quick.
-pub async fn prepare(
-    settings: &RuntimeSettings,
-    ui: &dyn Progress,
-    cancel: &CancellationToken,
-) -> Result<Runtime, RuntimeError> {
+pub async fn prepare(settings: &RuntimeSettings, job: Job<'_>) -> Result<Runtime, RuntimeError> {
     let surroundings = match settings {
         // Neither kind needs a cache; a missing HOME must not prevent them.
         RuntimeSettings::Path | RuntimeSettings::Python(_) => Surroundings {
@@ -174,15 +180,14 @@ pub async fn prepare(
         },
         RuntimeSettings::Managed { .. } => Surroundings::from_env()?,
     };
-    prepare_in(&surroundings, settings, ui, cancel).await
+    prepare_in(&surroundings, settings, job).await
 }
 
 /// [`prepare`] with an environment of the caller's choice.
 pub async fn prepare_in(
     surroundings: &Surroundings,
     settings: &RuntimeSettings,
-    ui: &dyn Progress,
-    cancel: &CancellationToken,
+    job: Job<'_>,
 ) -> Result<Runtime, RuntimeError> {
     match settings {
         RuntimeSettings::Path => {
@@ -196,7 +201,7 @@ pub async fn prepare_in(
         }
         RuntimeSettings::Python(path) => {
             let python = interpreter_at(path)?;
-            let found = probe(&python, cancel).await?;
+            let found = probe(&python, job).await?;
             Ok(python_runtime(python, &found))
         }
         RuntimeSettings::Managed {
@@ -209,7 +214,7 @@ pub async fn prepare_in(
                 requirements,
                 overrides,
             };
-            let python = managed::prepare(&wanted, surroundings, ui, cancel).await?;
+            let python = managed::prepare(&wanted, surroundings, job).await?;
             Ok(python_runtime(python, &requirements.join(" ")))
         }
     }
@@ -243,11 +248,11 @@ fn interpreter_at(path: &Path) -> Result<PathBuf, RuntimeError> {
 }
 
 /// What vLLM the interpreter has, without importing it.
-async fn probe(python: &Path, cancel: &CancellationToken) -> Result<String, RuntimeError> {
+async fn probe(python: &Path, job: Job<'_>) -> Result<String, RuntimeError> {
     let mut command = tokio::process::Command::new(python);
     // Not in the working directory: a checkout of vLLM there would be found.
     command.args(["-c", PROBE]).current_dir("/");
-    let finished = child::run(command, PROBE_LIMIT, cancel, &mut |_, _| {})
+    let finished = child::run(command, PROBE_LIMIT, job, &mut |_, _| {})
         .await
         .map_err(|source| RuntimeError::child(python, source))?;
     match finished.status.code() {

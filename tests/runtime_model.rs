@@ -11,9 +11,9 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
-use pegaflow::model::{ModelError, builtin_tiny, resolve};
-use pegaflow::runtime::{NoProgress, Runtime};
-use pegaflow::topology::{Launcher, ModelRef};
+use pegaflow::model::{self, ModelError};
+use pegaflow::runtime::{Guarding, Job, NoProgress, Runtime};
+use pegaflow::topology::{Launcher, ModelFacts, ModelRef};
 use tokio_util::sync::CancellationToken;
 
 fn shim() -> PathBuf {
@@ -26,6 +26,22 @@ fn runtime(interpreter: Option<&Path>) -> Runtime {
         interpreter: interpreter.map(Path::to_owned),
         description: String::new(),
     }
+}
+
+fn guarding() -> Guarding {
+    Guarding {
+        program: env!("CARGO_BIN_EXE_pegaflow").into(),
+        run_dir: None,
+    }
+}
+
+async fn resolve(model: &ModelRef, interpreter: Option<&Path>) -> Result<ModelFacts, ModelError> {
+    let job = Job {
+        ui: &NoProgress,
+        cancel: &CancellationToken::new(),
+        guard: &guarding(),
+    };
+    model::resolve(model, &runtime(interpreter), &shim(), job).await
 }
 
 /// A Python that does what the shell script says.
@@ -41,25 +57,14 @@ async fn a_directory_is_its_own_model() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("config.json"), r#"{"model_type":"x"}"#).unwrap();
     let model = ModelRef::Path(dir.path().to_owned());
-    let token = CancellationToken::new();
-    let facts = resolve(&model, &runtime(None), &shim(), &NoProgress, &token)
-        .await
-        .unwrap();
+    let facts = resolve(&model, None).await.unwrap();
     assert_eq!(facts.load_from, dir.path().to_str().unwrap());
     assert_eq!(facts.config.unwrap()["model_type"], "x");
 }
 
 #[tokio::test]
 async fn the_builtin_model_needs_a_python() {
-    let token = CancellationToken::new();
-    let result = resolve(
-        &ModelRef::BuiltinTiny,
-        &runtime(None),
-        &shim(),
-        &NoProgress,
-        &token,
-    )
-    .await;
+    let result = resolve(&ModelRef::BuiltinTiny, None).await;
     assert!(matches!(result, Err(ModelError::NoInterpreter)));
 }
 
@@ -67,9 +72,15 @@ async fn the_builtin_model_needs_a_python() {
 async fn the_builtin_model_is_generated_once_and_whole() {
     let dir = tempfile::tempdir().unwrap();
     let cache = dir.path().join("cache");
-    let token = CancellationToken::new();
-    let make =
-        async |python: &Path| builtin_tiny(python, &shim(), &cache, &NoProgress, &token).await;
+    let guard = guarding();
+    let make = async |python: &Path| {
+        let job = Job {
+            ui: &NoProgress,
+            cancel: &CancellationToken::new(),
+            guard: &guard,
+        };
+        model::builtin_tiny(python, &shim(), &cache, job).await
+    };
 
     let half = python(
         dir.path(),
@@ -112,10 +123,7 @@ async fn a_hub_model_is_downloaded_by_the_runtimes_python() {
     fs::create_dir_all(&snapshot).unwrap();
     fs::write(snapshot.join("config.json"), r#"{"model_type":"x"}"#).unwrap();
     let model = ModelRef::HuggingFace("o/n".into());
-    let token = CancellationToken::new();
-    let ask = async |python: Option<&Path>| {
-        resolve(&model, &runtime(python), &shim(), &NoProgress, &token).await
-    };
+    let ask = async |python: Option<&Path>| resolve(&model, python).await;
 
     let script = format!(
         "[ \"$3\" = o/n ] || exit 1; printf '10%%\\r90%%\\r' >&2; echo '{{\"path\": \"{}\"}}'",
@@ -156,10 +164,7 @@ async fn offline_means_no_download() {
     let dir = tempfile::tempdir().unwrap();
     let never = python(dir.path(), "touch $(dirname $0)/called; exit 1");
     let model = ModelRef::HuggingFace("o/not-cached".into());
-    let token = CancellationToken::new();
-    let facts = resolve(&model, &runtime(Some(&never)), &shim(), &NoProgress, &token)
-        .await
-        .unwrap();
+    let facts = resolve(&model, Some(&never)).await.unwrap();
     assert_eq!(facts.load_from, "o/not-cached");
     assert!(!dir.path().join("called").exists());
 }

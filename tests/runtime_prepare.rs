@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use pegaflow::runtime::{NoProgress, Progress, Runtime, RuntimeError, Surroundings, prepare_in};
+use pegaflow::runtime::{
+    Guarding, Job, NoProgress, Progress, Runtime, RuntimeError, Surroundings, prepare_in,
+};
 use pegaflow::topology::{Launcher, RuntimeSettings};
 use tokio_util::sync::CancellationToken;
 
@@ -104,7 +106,16 @@ impl Machine {
         ui: &dyn Progress,
         cancel: &CancellationToken,
     ) -> Result<Runtime, RuntimeError> {
-        let work = prepare_in(&self.surroundings, settings, ui, cancel);
+        let guard = Guarding {
+            program: env!("CARGO_BIN_EXE_pegaflow").into(),
+            run_dir: None,
+        };
+        let job = Job {
+            ui,
+            cancel,
+            guard: &guard,
+        };
+        let work = prepare_in(&self.surroundings, settings, job);
         tokio::time::timeout(HANG, work)
             .await
             .expect("prepare hung")

@@ -41,7 +41,6 @@ const MAX_LINES: usize = 450;
 const MAY_BE_UNSAFE: &[&str] = &[
     "src/engine/arena.rs",
     "src/engine/client.rs",
-    "src/runtime/child.rs",
     "src/supervise/guard.rs",
     "tests/fake_vllm/kv.rs",
     "tests/fake_vllm/shm.rs",

@@ -1,13 +1,13 @@
 //! From a topology file to a machine that can run it: the runtime installed, the model at hand.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{Context, Exit};
 use crate::host::{self, HostSnapshot};
 use crate::instance::{self, Instance};
 use crate::model;
 use crate::plan::{Plan, PlanInputs};
-use crate::runtime::{self, Runtime};
+use crate::runtime::{self, Guarding, Job, Runtime};
 use crate::topology::{self, Launcher, ModelFacts, Topology};
 
 /// `pegaflow prepare`: does the slow, once-only part of `up`, and prints where things are.
@@ -16,7 +16,7 @@ pub async fn prepare(cx: Context) -> Result<(), Exit> {
     let shim = tempdir(&topology)?;
     let outcome = async {
         instance::unpack_shim(&shim).map_err(|e| Exit::Failed(e.into()))?;
-        install(&cx, &topology, &shim).await
+        install(&cx, &topology, &shim, None).await
     }
     .await;
     // A leftover in the temporary directory harms nobody.
@@ -47,8 +47,16 @@ pub fn load(file: &Path) -> Result<Topology, Exit> {
 }
 
 /// Installs the runtime and fetches the model, both of which are no-ops when done before.
-pub async fn install(cx: &Context, topology: &Topology, shim: &Path) -> Result<Installed, Exit> {
+/// Nothing of it outlives this process; `run_dir` goes with it if it is killed.
+pub async fn install(
+    cx: &Context,
+    topology: &Topology,
+    shim: &Path,
+    run_dir: Option<PathBuf>,
+) -> Result<Installed, Exit> {
     let cancel = cx.shutdown.graceful();
+    let program = guard_program()?;
+    let guard = &Guarding { program, run_dir };
     let interrupted = |error: anyhow::Error| {
         if cancel.is_cancelled() {
             Exit::Interrupted
@@ -57,18 +65,40 @@ pub async fn install(cx: &Context, topology: &Topology, shim: &Path) -> Result<I
         }
     };
     let ui = cx.console.progress("runtime");
-    let runtime = runtime::prepare(&topology.runtime, &ui, cancel)
-        .await
-        .map_err(|error| interrupted(error.into()))?;
+    let runtime = runtime::prepare(
+        &topology.runtime,
+        Job {
+            ui: &ui,
+            cancel,
+            guard,
+        },
+    )
+    .await
+    .map_err(|error| interrupted(error.into()))?;
     drop(ui);
     tracing::info!("runtime: {}", runtime.description);
     let ui = cx.console.progress("model");
-    let model = model::resolve(&topology.model, &runtime, shim, &ui, cancel)
-        .await
-        .map_err(|error| interrupted(error.into()))?;
+    let model = model::resolve(
+        &topology.model,
+        &runtime,
+        shim,
+        Job {
+            ui: &ui,
+            cancel,
+            guard,
+        },
+    )
+    .await
+    .map_err(|error| interrupted(error.into()))?;
     drop(ui);
     tracing::info!("model: {}", model.load_from);
     Ok(Installed { runtime, model })
+}
+
+/// pegaflow itself, to be started again as a guard.
+pub fn guard_program() -> Result<PathBuf, Exit> {
+    std::env::current_exe()
+        .map_err(|error| Exit::failed("cannot find pegaflow's own program", error))
 }
 
 /// The secrets and the paths of one run.

@@ -19,7 +19,7 @@ use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::task::{JoinError, JoinHandle, JoinSet};
 
-use super::prepare::{Installed, Run, install, load};
+use super::prepare::{Installed, Run, guard_program, install, load};
 use super::ready::{self, Start};
 use super::{Context, Exit};
 use crate::control::{Control, ControlDeps};
@@ -79,7 +79,8 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
     let shim = instance
         .unpack_shim()
         .map_err(|error| Exit::Machine(error.into()))?;
-    let Installed { runtime, model } = install(&cx, &topology, &shim).await?;
+    let Installed { runtime, model } =
+        install(&cx, &topology, &shim, Some(instance.dir().to_owned())).await?;
     let plan = run.plan(runtime.launcher, model)?;
     for warning in &plan.warnings {
         tracing::warn!("{warning}");
@@ -127,8 +128,7 @@ async fn serve(
         board: board.clone(),
         log_dir: instance.log_dir().to_owned(),
         run_dir: instance.dir().to_owned(),
-        guard_program: std::env::current_exe()
-            .map_err(|error| Exit::failed("cannot find pegaflow's own program", error))?,
+        guard_program: guard_program()?,
         console: Arc::new(NodeLines(cx.console.clone())),
     };
     let router = RouterDeps {

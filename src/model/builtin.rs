@@ -6,11 +6,10 @@ use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 use tokio::process::Command;
-use tokio_util::sync::CancellationToken;
 
 use super::ModelError;
 use crate::runtime::lock::FileLock;
-use crate::runtime::{Progress, child, discard_partials, hex, partial_sibling};
+use crate::runtime::{Job, child, discard_partials, hex, partial_sibling};
 
 const LIMIT: Duration = Duration::from_secs(600);
 
@@ -19,8 +18,7 @@ pub(super) async fn generate(
     interpreter: &Path,
     shim_dir: &Path,
     cache: &Path,
-    ui: &dyn Progress,
-    cancel: &CancellationToken,
+    job: Job<'_>,
 ) -> Result<PathBuf, ModelError> {
     let script = shim_dir.join("pegaflow_tools/tiny_model.py");
     let text = fs::read(&script).map_err(|source| ModelError::Unreadable {
@@ -32,8 +30,9 @@ pub(super) async fn generate(
     if dir.is_dir() {
         return Ok(dir);
     }
-    let _lock = FileLock::acquire(&dir.with_extension("lock"), LIMIT, cancel, || {
-        ui.status("another pegaflow is generating builtin:tiny; waiting for it");
+    let _lock = FileLock::acquire(&dir.with_extension("lock"), LIMIT, job.cancel, || {
+        job.ui
+            .status("another pegaflow is generating builtin:tiny; waiting for it");
     })
     .await?;
     if dir.is_dir() {
@@ -41,8 +40,8 @@ pub(super) async fn generate(
     }
     discard_partials(&dir).map_err(ModelError::cache(&dir))?;
     let partial = partial_sibling(&dir);
-    ui.status("generating builtin:tiny");
-    let made = run(interpreter, &script, &partial, cancel).await;
+    job.ui.status("generating builtin:tiny");
+    let made = run(interpreter, &script, &partial, job).await;
     if made.is_err() {
         // Best effort: the next run discards what is left.
         let _ = fs::remove_dir_all(&partial);
@@ -56,7 +55,7 @@ async fn run(
     interpreter: &Path,
     script: &Path,
     out: &Path,
-    cancel: &CancellationToken,
+    job: Job<'_>,
 ) -> Result<(), ModelError> {
     let mut command = Command::new(interpreter);
     command
@@ -65,7 +64,7 @@ async fn run(
         .env("HF_HUB_OFFLINE", "1")
         .env("TOKENIZERS_PARALLELISM", "false")
         .env("CUDA_VISIBLE_DEVICES", "");
-    let finished = child::run(command, LIMIT, cancel, &mut |_, _| {})
+    let finished = child::run(command, LIMIT, job, &mut |_, _| {})
         .await
         .map_err(|source| ModelError::child(interpreter, source))?;
     if finished.status.success() {

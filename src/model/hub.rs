@@ -5,10 +5,9 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use tokio::process::Command;
-use tokio_util::sync::CancellationToken;
 
 use super::{ModelError, local};
-use crate::runtime::Progress;
+use crate::runtime::Job;
 use crate::runtime::child::{self, Stream};
 use crate::topology::ModelFacts;
 
@@ -38,8 +37,7 @@ enum Kind {
 pub(super) async fn resolve(
     id: &str,
     interpreter: Option<&Path>,
-    ui: &dyn Progress,
-    cancel: &CancellationToken,
+    job: Job<'_>,
 ) -> Result<ModelFacts, ModelError> {
     if is_truthy(env("HF_HUB_OFFLINE").as_deref()) {
         let cached = hub_cache(&env).and_then(|cache| cached_snapshot(&cache, id));
@@ -49,21 +47,21 @@ pub(super) async fn resolve(
         };
     }
     let Some(interpreter) = interpreter else {
-        ui.note(&format!(
+        job.ui.note(&format!(
             "no Python is known behind this `vllm`: every node downloads {id} by itself"
         ));
         return Ok(left_to_vllm(id));
     };
-    ui.status(&format!("looking for {id}"));
+    job.ui.status(&format!("looking for {id}"));
     let mut command = Command::new(interpreter);
     // HF_TOKEN, HF_HOME, HF_ENDPOINT and the proxy variables pass through.
     command.args(["-c", SCRIPT, id]).current_dir("/");
     let mut on_line = |stream: Stream, line: &str| {
         if stream == Stream::Stderr {
-            ui.status(line);
+            job.ui.status(line);
         }
     };
-    let finished = child::run(command, LIMIT, cancel, &mut on_line)
+    let finished = child::run(command, LIMIT, job, &mut on_line)
         .await
         .map_err(|source| ModelError::child(interpreter, source))?;
     let report = finished
@@ -75,7 +73,7 @@ pub(super) async fn resolve(
         Some(Report::Failed {
             error: Kind::NoHub, ..
         }) => {
-            ui.note(&format!(
+            job.ui.note(&format!(
                 "{} has no huggingface_hub: every node downloads {id} by itself",
                 interpreter.display()
             ));

@@ -1,24 +1,119 @@
 //! A helper program (uv, pip, python) run to its end: its lines are passed on as they come, its last
-//! ones are kept for the error message, and nothing of its process group outlives the call, however
-//! the call ends: exit, deadline, cancellation, or the future dropped.
+//! ones are kept for the error message, and nothing of its tree outlives the call, however the call
+//! ends: exit, deadline, cancellation, the future dropped, or `kill -9` of pegaflow.
+//!
+//! ```text
+//! pegaflow ──tether (socket)──▶ guard ──▶ program ──▶ whatever it starts, daemons included
+//!    ▲                            │ "kill", or the tether's end: the tree is killed and reaped
+//!    └──── its report, its exit ──┘ only when nothing is left
+//! ```
+//!
+//! It is the same guard as a node's. A process group that we kill ourselves would be less: nobody
+//! kills it when we are killed, and a child that calls `setsid` is not in it.
 
 use std::collections::VecDeque;
-use std::io;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, killpg};
-use nix::unistd::Pid;
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::process::Command;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
+
+use super::Job;
 
 const TAIL_LINES: usize = 20;
 const LINE_BYTES: usize = 4096;
-/// For reaping after a kill, and for what is left in the pipes after the exit.
+/// For the guard to kill and reap its tree, and for what is left in the pipes afterwards.
 const SETTLE: Duration = Duration::from_secs(5);
+
+/// How to start the process that every helper runs under.
+#[derive(Debug, Clone)]
+pub struct Guarding {
+    /// Executed as `<program> __guard ...`; normally pegaflow itself.
+    pub program: PathBuf,
+    /// Removed by the guard if pegaflow was killed and nobody else has its lock.
+    pub run_dir: Option<PathBuf>,
+}
+
+impl Guarding {
+    /// The guard that runs `inner` with its arguments, environment and directory.
+    fn wrap(&self, inner: &Command) -> Command {
+        let inner = inner.as_std();
+        let mut outer = Command::new(&self.program);
+        outer.args(["__guard", "--node", "helper"]);
+        if let Some(run_dir) = &self.run_dir {
+            outer.arg("--run-dir").arg(run_dir);
+        }
+        outer
+            .arg("--")
+            .arg(inner.get_program())
+            .args(inner.get_args());
+        for (name, value) in inner.get_envs() {
+            match value {
+                Some(value) => outer.env(name, value),
+                None => outer.env_remove(name),
+            };
+        }
+        if let Some(dir) = inner.get_current_dir() {
+            outer.current_dir(dir);
+        }
+        outer
+    }
+}
+
+/// Our end of a guard's control socket. Closing it kills the tree too, but more slowly.
+struct Tether(UnixStream);
+
+impl Tether {
+    fn new() -> io::Result<(Self, OwnedFd)> {
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        Ok((Self(ours), theirs.into()))
+    }
+
+    fn kill(&self) {
+        // Fails only when the guard has ended, which it does after its tree.
+        let _ = (&self.0).write_all(b"kill\n");
+    }
+
+    /// How the program ended; call after the guard's end.
+    fn outcome(&self) -> Result<ExitStatus, ChildError> {
+        let mut said = Vec::new();
+        // Ends with the guard's end of the socket; what came before an error is kept.
+        let _ = (&self.0).read_to_end(&mut said);
+        let said = String::from_utf8_lossy(&said);
+        said.lines().find_map(parse).unwrap_or_else(|| {
+            let lost = io::Error::other("its guard process ended without a report");
+            Err(ChildError::Wait(lost))
+        })
+    }
+}
+
+impl Drop for Tether {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// A line of the guard, if it says how the program ended.
+fn parse(line: &str) -> Option<Result<ExitStatus, ChildError>> {
+    let words: Vec<&str> = line.split(' ').collect();
+    match words.as_slice() {
+        ["exited", _, "code", code] => {
+            let code: i32 = code.parse().ok()?;
+            Some(Ok(ExitStatus::from_raw(code << 8)))
+        }
+        ["exited", _, "signal", signal] => Some(Ok(ExitStatus::from_raw(signal.parse().ok()?))),
+        ["failed", why @ ..] => Some(Err(ChildError::Spawn(io::Error::other(why.join(" "))))),
+        _ => None,
+    }
+}
 
 #[derive(Debug, thiserror::Error)]
 pub enum ChildError {
@@ -33,35 +128,17 @@ pub enum ChildError {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Stream {
+pub enum Stream {
     Stdout,
     Stderr,
 }
 
 #[derive(Debug)]
-pub(crate) struct Finished {
-    pub(crate) status: ExitStatus,
+pub struct Finished {
+    pub status: ExitStatus,
     /// The last lines of both streams.
-    pub(crate) tail: String,
-    pub(crate) last_stdout: Option<String>,
-}
-
-/// Kills the whole process group when dropped.
-struct KillGroup(Option<Pid>);
-
-impl KillGroup {
-    fn kill(&mut self) {
-        if let Some(group) = self.0.take() {
-            // ESRCH: everybody is gone already.
-            let _ = killpg(group, Signal::SIGKILL);
-        }
-    }
-}
-
-impl Drop for KillGroup {
-    fn drop(&mut self) {
-        self.kill();
-    }
+    pub tail: String,
+    pub last_stdout: Option<String>,
 }
 
 #[derive(Default)]
@@ -87,34 +164,30 @@ impl Tail {
     }
 }
 
-/// Runs `command` in a process group of its own. `on_line` sees every line, also those that a
-/// progress bar ends with a carriage return.
-pub(crate) async fn run(
-    mut command: Command,
+/// Runs `command` under a guard. `on_line` sees every line, also those that a progress bar ends with
+/// a carriage return.
+pub async fn run(
+    command: Command,
     limit: Duration,
-    cancel: &CancellationToken,
+    job: Job<'_>,
     on_line: &mut (dyn FnMut(Stream, &str) + Send),
 ) -> Result<Finished, ChildError> {
+    let (tether, theirs) = Tether::new().map_err(ChildError::Spawn)?;
+    let mut command = job.guard.wrap(&command);
     command
-        .stdin(Stdio::null())
+        .stdin(Stdio::from(theirs))
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0)
-        .kill_on_drop(true);
-    die_with_parent(&mut command);
-    let mut child = command.spawn().map_err(ChildError::Spawn)?;
-    let group = child
-        .id()
-        .and_then(|pid| i32::try_from(pid).ok())
-        .map(Pid::from_raw);
-    let mut group = KillGroup(group);
+        .stderr(Stdio::piped());
+    let mut guard = command.spawn().map_err(ChildError::Spawn)?;
+    // It holds the guard's end of the tether.
+    drop(command);
 
     let (sender, mut lines) = mpsc::channel(64);
     let mut readers = JoinSet::new();
-    if let Some(stdout) = child.stdout.take() {
+    if let Some(stdout) = guard.stdout.take() {
         readers.spawn(read_lines(stdout, Stream::Stdout, sender.clone()));
     }
-    if let Some(stderr) = child.stderr.take() {
+    if let Some(stderr) = guard.stderr.take() {
         readers.spawn(read_lines(stderr, Stream::Stderr, sender.clone()));
     }
     drop(sender);
@@ -123,10 +196,10 @@ pub(crate) async fn run(
     let deadline = tokio::time::sleep(limit);
     tokio::pin!(deadline);
     let mut open = true;
-    let status = loop {
+    let ended = loop {
         tokio::select! {
             biased;
-            () = cancel.cancelled() => break Err(ChildError::Cancelled),
+            () = job.cancel.cancelled() => break Err(ChildError::Cancelled),
             () = &mut deadline => break Err(ChildError::Deadline { limit, tail: tail.text() }),
             line = lines.recv(), if open => match line {
                 Some((stream, line)) => {
@@ -135,13 +208,12 @@ pub(crate) async fn run(
                 }
                 None => open = false,
             },
-            status = child.wait() => break status.map_err(ChildError::Wait),
+            ended = guard.wait() => break ended.map_err(ChildError::Wait),
         }
     };
-    // Also after a normal exit: a grandchild may have stayed, and may hold the pipes.
-    group.kill();
-    if status.is_err() {
-        let _ = tokio::time::timeout(SETTLE, child.wait()).await;
+    if ended.is_err() {
+        tether.kill();
+        let _ = tokio::time::timeout(SETTLE, guard.wait()).await;
     }
     let drain = async {
         while let Some((stream, line)) = lines.recv().await {
@@ -150,24 +222,12 @@ pub(crate) async fn run(
         }
     };
     let _ = tokio::time::timeout(SETTLE, drain).await;
+    ended?;
     Ok(Finished {
-        status: status?,
+        status: tether.outcome()?,
         tail: tail.text(),
         last_stdout: tail.last_stdout,
     })
-}
-
-/// The child is killed when pegaflow dies without a chance to do it (`kill -9`).
-#[expect(
-    unsafe_code,
-    reason = "pre_exec is the only way to set the parent-death signal"
-)]
-fn die_with_parent(command: &mut Command) {
-    // SAFETY: the closure makes one system call, which is async-signal-safe, and allocates nothing.
-    unsafe {
-        command
-            .pre_exec(|| nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(io::Error::from));
-    }
 }
 
 async fn read_lines(
@@ -200,100 +260,4 @@ async fn send(line: &mut Vec<u8>, stream: Stream, lines: &mpsc::Sender<(Stream, 
     let text = String::from_utf8_lossy(line).trim_end().to_owned();
     line.clear();
     text.is_empty() || lines.send((stream, text)).await.is_ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::sync::{Arc, Mutex};
-
-    const LIMIT: Duration = Duration::from_secs(30);
-
-    fn shell(script: &str) -> Command {
-        let mut command = Command::new("/bin/sh");
-        command.args(["-c", script]);
-        command
-    }
-
-    fn alive(pid: i32) -> bool {
-        // A zombie whose parent has not reaped it counts as gone.
-        std::fs::read_to_string(format!("/proc/{pid}/stat"))
-            .is_ok_and(|stat| !stat.contains(") Z "))
-    }
-
-    async fn gone(pid: i32) {
-        let wait = async {
-            while alive(pid) {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(10), wait)
-            .await
-            .expect("the grandchild lives on");
-    }
-
-    #[tokio::test]
-    async fn lines_status_and_tail() {
-        let mut seen = Vec::new();
-        let script = "i=0; while [ $i -lt 30 ]; do echo line $i; i=$((i+1)); done; \
-                      printf 'a\\rb\\n' >&2; exit 7";
-        let token = CancellationToken::new();
-        let finished = run(shell(script), LIMIT, &token, &mut |stream, line| {
-            seen.push((stream, line.to_owned()));
-        })
-        .await
-        .unwrap();
-        assert_eq!(finished.status.code(), Some(7));
-        assert_eq!(finished.last_stdout.as_deref(), Some("line 29"));
-        assert_eq!(finished.tail.lines().count(), TAIL_LINES);
-        assert_eq!(seen.len(), 32);
-        assert!(seen.contains(&(Stream::Stderr, "a".into())));
-    }
-
-    #[tokio::test]
-    async fn a_grandchild_that_holds_the_pipe_does_not_hold_us() {
-        let token = CancellationToken::new();
-        let finished = run(
-            shell("sleep 600 & echo $!; exit 0"),
-            LIMIT,
-            &token,
-            &mut |_, _| {},
-        )
-        .await
-        .unwrap();
-        assert!(finished.status.success());
-        gone(finished.last_stdout.unwrap().parse().unwrap()).await;
-    }
-
-    #[tokio::test]
-    async fn cancelling_kills_the_tree() {
-        let token = CancellationToken::new();
-        let pid = Arc::new(Mutex::new(0));
-        let result = run(
-            shell("trap '' TERM INT; sleep 600 & echo $!; wait"),
-            LIMIT,
-            &token,
-            &mut |_, line| {
-                *pid.lock().unwrap() = line.parse().unwrap();
-                token.cancel();
-            },
-        )
-        .await;
-        assert!(matches!(result, Err(ChildError::Cancelled)));
-        let pid = *pid.lock().unwrap();
-        gone(pid).await;
-    }
-
-    #[tokio::test]
-    async fn the_deadline_keeps_the_last_lines() {
-        let token = CancellationToken::new();
-        let result = run(
-            shell("echo still here; sleep 600"),
-            Duration::from_secs(1),
-            &token,
-            &mut |_, _| {},
-        )
-        .await;
-        assert!(matches!(result, Err(ChildError::Deadline { tail, .. }) if tail == "still here"));
-    }
 }

@@ -16,11 +16,10 @@ use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 use tokio::process::Command;
-use tokio_util::sync::CancellationToken;
 
 use super::child::{self, Stream};
 use super::lock::FileLock;
-use super::{Progress, RuntimeError, Surroundings};
+use super::{Job, RuntimeError, Surroundings};
 use super::{cache, probe, uv};
 
 const INSTALL_LIMIT: Duration = Duration::from_secs(2 * 3600);
@@ -57,27 +56,26 @@ impl Wanted<'_> {
 pub(super) async fn prepare(
     wanted: &Wanted<'_>,
     surroundings: &Surroundings,
-    ui: &dyn Progress,
-    cancel: &CancellationToken,
+    job: Job<'_>,
 ) -> Result<PathBuf, RuntimeError> {
     let dir = surroundings.cache.join("runtimes").join(wanted.name());
     if let Some(python) = complete(&dir) {
         return Ok(python);
     }
     let lock = dir.with_extension("lock");
-    let _lock = FileLock::acquire(&lock, INSTALL_LIMIT, cancel, || {
-        ui.note("another pegaflow is installing this runtime; waiting for it");
+    let _lock = FileLock::acquire(&lock, INSTALL_LIMIT, job.cancel, || {
+        job.ui
+            .note("another pegaflow is installing this runtime; waiting for it");
     })
     .await?;
     if let Some(python) = complete(&dir) {
         return Ok(python);
     }
     let install = Install {
-        uv: uv::find_or_fetch(surroundings, ui, cancel).await?,
+        uv: uv::find_or_fetch(surroundings, job).await?,
         partial: cache::partial_sibling(&dir),
         surroundings,
-        ui,
-        cancel,
+        job,
     };
     discard(&dir).await?;
     let made = install.make(wanted).await;
@@ -116,14 +114,13 @@ struct Install<'a> {
     uv: PathBuf,
     partial: PathBuf,
     surroundings: &'a Surroundings,
-    ui: &'a dyn Progress,
-    cancel: &'a CancellationToken,
+    job: Job<'a>,
 }
 
 impl Install<'_> {
     async fn make(&self, wanted: &Wanted<'_>) -> Result<(), RuntimeError> {
         let total = wanted.requirements.join(" ");
-        self.ui.note(&format!(
+        self.job.ui.note(&format!(
             "making a Python environment for {total} in {} (once; can take some minutes)",
             self.partial.display()
         ));
@@ -145,8 +142,8 @@ impl Install<'_> {
         install.arg("--").args(wanted.requirements);
         self.run("uv pip install", install).await?;
 
-        self.ui.status("checking the new environment");
-        probe(&python, self.cancel).await?;
+        self.job.ui.status("checking the new environment");
+        probe(&python, self.job).await?;
         let manifest = serde_json::to_string_pretty(wanted).unwrap_or_default();
         write(&self.partial.join(MANIFEST), &manifest)
     }
@@ -159,9 +156,9 @@ impl Install<'_> {
     }
 
     async fn run(&self, step: &str, command: Command) -> Result<(), RuntimeError> {
-        self.ui.status(step);
-        let mut on_line = |_: Stream, line: &str| self.ui.status(line.trim());
-        let finished = child::run(command, INSTALL_LIMIT, self.cancel, &mut on_line)
+        self.job.ui.status(step);
+        let mut on_line = |_: Stream, line: &str| self.job.ui.status(line.trim());
+        let finished = child::run(command, INSTALL_LIMIT, self.job, &mut on_line)
             .await
             .map_err(|source| RuntimeError::child(&self.uv, source))?;
         if finished.status.success() {

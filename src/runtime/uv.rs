@@ -5,11 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::process::Command;
-use tokio_util::sync::CancellationToken;
 
 use super::child::{self, Finished};
 use super::lock::FileLock;
-use super::{Progress, RuntimeError, Surroundings};
+use super::{Job, RuntimeError, Surroundings};
 use super::{cache, create_dir, search};
 
 const PROBE_LIMIT: Duration = Duration::from_secs(30);
@@ -41,43 +40,44 @@ pub(super) fn command(program: &Path, surroundings: &Surroundings) -> Command {
 /// A `uv` that runs.
 pub(super) async fn find_or_fetch(
     surroundings: &Surroundings,
-    ui: &dyn Progress,
-    cancel: &CancellationToken,
+    job: Job<'_>,
 ) -> Result<PathBuf, RuntimeError> {
     if let Some(uv) = search::find("uv", &surroundings.path) {
         // A shim of a version manager may be there without a uv behind it.
-        if runs(&uv, surroundings, cancel).await? {
+        if runs(&uv, surroundings, job).await? {
             return Ok(uv);
         }
-        ui.note(&format!(
+        job.ui.note(&format!(
             "{} does not run; fetching another uv",
             uv.display()
         ));
     }
     let home = surroundings.cache.join("uv");
     let uv = home.join("bin/uv");
-    if search::is_executable(&uv) && runs(&uv, surroundings, cancel).await? {
+    if search::is_executable(&uv) && runs(&uv, surroundings, job).await? {
         return Ok(uv);
     }
-    let _lock = FileLock::acquire(&home.with_extension("lock"), FETCH_LIMIT, cancel, || {
-        ui.status("another pegaflow is fetching uv; waiting for it");
-    })
+    let _lock = FileLock::acquire(
+        &home.with_extension("lock"),
+        FETCH_LIMIT,
+        job.cancel,
+        || {
+            job.ui
+                .status("another pegaflow is fetching uv; waiting for it");
+        },
+    )
     .await?;
-    if search::is_executable(&uv) && runs(&uv, surroundings, cancel).await? {
+    if search::is_executable(&uv) && runs(&uv, surroundings, job).await? {
         return Ok(uv);
     }
-    fetch(&home, surroundings, ui, cancel).await?;
+    fetch(&home, surroundings, job).await?;
     Ok(uv)
 }
 
-async fn runs(
-    uv: &Path,
-    surroundings: &Surroundings,
-    cancel: &CancellationToken,
-) -> Result<bool, RuntimeError> {
+async fn runs(uv: &Path, surroundings: &Surroundings, job: Job<'_>) -> Result<bool, RuntimeError> {
     let mut command = command(uv, surroundings);
     command.arg("--version");
-    match child::run(command, PROBE_LIMIT, cancel, &mut |_, _| {}).await {
+    match child::run(command, PROBE_LIMIT, job, &mut |_, _| {}).await {
         Ok(finished) => Ok(finished.status.success()),
         Err(child::ChildError::Cancelled) => Err(RuntimeError::Cancelled),
         Err(_) => Ok(false),
@@ -86,19 +86,14 @@ async fn runs(
 
 /// By `pip --target`, and if this Python has no pip of its own, by the pip of a new venv. The
 /// program is a plain binary: it survives the rename.
-async fn fetch(
-    home: &Path,
-    surroundings: &Surroundings,
-    ui: &dyn Progress,
-    cancel: &CancellationToken,
-) -> Result<(), RuntimeError> {
+async fn fetch(home: &Path, surroundings: &Surroundings, job: Job<'_>) -> Result<(), RuntimeError> {
     let python = search::find("python3", &surroundings.path).ok_or_else(|| RuntimeError::NoUv {
         tail: "there is no python3 on PATH".into(),
     })?;
     create_dir(&surroundings.cache)?;
     cache::discard_partials(home).map_err(RuntimeError::cache(home))?;
     let partial = cache::partial_sibling(home);
-    ui.status("fetching uv with pip");
+    job.ui.status("fetching uv with pip");
     let step = async |program: &Path, args: &[&str]| -> Result<Finished, RuntimeError> {
         let mut command = command(program, surroundings);
         command
@@ -108,9 +103,11 @@ async fn fetch(
         if args.contains(&"pip") {
             command.arg("uv");
         }
-        child::run(command, FETCH_LIMIT, cancel, &mut |_, line| ui.status(line))
-            .await
-            .map_err(|source| RuntimeError::child(program, source))
+        child::run(command, FETCH_LIMIT, job, &mut |_, line| {
+            job.ui.status(line)
+        })
+        .await
+        .map_err(|source| RuntimeError::child(program, source))
     };
     let mut finished = step(&python, &["-m", "pip", "install", "--target"]).await?;
     if !finished.status.success() {

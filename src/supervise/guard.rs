@@ -1,4 +1,5 @@
-//! The guard: one tiny single-threaded process per node, between pegaflow and vLLM.
+//! The guard: one tiny single-threaded process per node, between pegaflow and vLLM. Helpers that
+//! `runtime::child` starts (uv, downloads) run under one as well.
 //!
 //! It exists because only a parent that outlives everybody can promise that nothing is left. It
 //! is the subreaper of the node's tree, so whatever the tree does (setsid, double fork, a killed
@@ -46,15 +47,15 @@ const SHM_SCAN: Duration = Duration::from_secs(1);
 const KILL_ROUND: Duration = Duration::from_millis(10);
 const MAX_COMMAND: usize = 4096;
 
-/// `pegaflow __guard --node NAME --run-dir DIR [--private-shm] [--cpus 0,1] -- argv...`
+/// `pegaflow __guard --node NAME [--run-dir DIR] [--private-shm] [--cpus 0,1] -- argv...`
 #[derive(Debug, clap::Args)]
 pub struct GuardArgs {
-    /// The node's name, to be seen in `ps`.
+    /// Whose guard it is, to be seen in `ps`.
     #[arg(long)]
     pub node: String,
     /// Removed when pegaflow has died and nobody else owns its `lock`.
     #[arg(long)]
-    pub run_dir: PathBuf,
+    pub run_dir: Option<PathBuf>,
     /// Give the tree a /dev/shm of its own where the kernel allows it.
     #[arg(long)]
     pub private_shm: bool,
@@ -112,8 +113,8 @@ fn run(args: GuardArgs) -> Result<(), GuardError> {
     guard.watch(&signals)?;
     guard.shm.remove_owned();
     report(&guard.control, "empty");
-    if guard.orphaned {
-        cleanup::remove_run_dir(&args.run_dir);
+    if let (true, Some(run_dir)) = (guard.orphaned, &args.run_dir) {
+        cleanup::remove_run_dir(run_dir);
     }
     Ok(())
 }

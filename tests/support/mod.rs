@@ -4,24 +4,25 @@
 //! Every process that a site's pegaflow starts inherits [`MARK`], so that leftovers are found
 //! whatever became of their parents. Dropping a site kills them all.
 
-#![allow(dead_code, reason = "not every test file uses everything")]
-
 pub mod client;
 pub mod load;
 pub mod processes;
+mod run;
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
+
+pub use run::Pegaflow;
 
 /// In the environment of every process of a site; the value is the site's directory.
 pub const MARK: &str = "PEGAFLOW_TEST_SITE";
@@ -155,19 +156,18 @@ impl Site {
         processes::shm_of(&self.seen.borrow())
     }
 
-    /// Files and sockets in the run directory; an instance's lock file may stay.
-    pub fn run_files(&self) -> Vec<PathBuf> {
-        let mut files = Vec::new();
-        walk(&self.path("run"), &mut files);
-        files.retain(|file| !file.to_string_lossy().ends_with("lock"));
-        files
+    /// What is left of run directories, locks included.
+    pub fn run_dirs(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.path("run/pegaflow"));
+        let entries = entries.into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect()
     }
 
     /// Waits until nothing of the site is left, and says what is when the limit is over.
     pub async fn assert_nothing_left(&self, limit: Duration) {
         let started = Instant::now();
         loop {
-            let left = (self.processes(), self.shm(), self.run_files());
+            let left = (self.processes(), self.shm(), self.run_dirs());
             if left.0.is_empty() && left.1.is_empty() && left.2.is_empty() {
                 return;
             }
@@ -219,84 +219,6 @@ impl Site {
             let tail = lines[lines.len().saturating_sub(80)..].join("\n");
             eprintln!("---- {}\n{tail}", file.display());
         }
-    }
-}
-
-/// One run of `pegaflow up`; killed when dropped.
-pub struct Pegaflow<'s> {
-    pub site: &'s Site,
-    child: Child,
-    log: PathBuf,
-    started: Instant,
-}
-
-impl Pegaflow<'_> {
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
-    /// Standard output and error so far.
-    pub fn output(&self) -> String {
-        fs::read_to_string(&self.log).unwrap_or_default()
-    }
-
-    pub async fn wait_for_log(&mut self, text: &str) {
-        loop {
-            let output = self.output();
-            if output.contains(text) {
-                return;
-            }
-            if let Some(status) = self.child.try_wait().unwrap() {
-                panic!("pegaflow ended ({status}) before it said {text:?}");
-            }
-            assert!(
-                self.started.elapsed() < HANG,
-                "pegaflow has not said {text:?}"
-            );
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    }
-
-    pub fn signal(&self, signal: Signal) {
-        self.site.processes();
-        send(self.pid(), signal);
-    }
-
-    /// Waits for the end.
-    pub async fn wait(&mut self, limit: Duration) -> ExitStatus {
-        let started = Instant::now();
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status;
-            }
-            assert!(
-                started.elapsed() < limit,
-                "pegaflow still runs after {limit:?}"
-            );
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    }
-
-    /// SIGTERM, then everything has to be gone.
-    pub async fn stop(mut self) {
-        self.signal(Signal::SIGTERM);
-        let status = self.wait(HANG).await;
-        assert_eq!(status.code(), Some(0), "exit status after SIGTERM");
-        self.site.assert_nothing_left(Duration::from_secs(1)).await;
-    }
-}
-
-impl Drop for Pegaflow<'_> {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("---- processes");
-            for pid in self.site.processes() {
-                eprintln!("{}", processes::describe(pid));
-            }
-        }
-        // The rest of the tree is the site's to kill; after an orderly end there is none.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

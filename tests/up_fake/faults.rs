@@ -1,0 +1,99 @@
+//! Nodes that fail by themselves.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use crate::support::client::{Ending, completion, generate, is_proven, streamed};
+use crate::support::{self, HANG, Site, send};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_dies_of_its_own_returns() {
+    let site = Site::new();
+    let up = site.up_ready().await;
+    let body = completion(1, 100, 16);
+    let whole = up.whole("decode", &body).await;
+    let incarnation = up.node("decode").await["incarnation"].as_u64();
+    site.script(r#"{"nodes": {"decode": {"die_after_tokens": 0}}}"#);
+    let requests = tokio::spawn({
+        let (url, body) = (up.url(), body.clone());
+        async move { generate(&url, &body).await }
+    });
+    up.wait_for_node("decode", |view| view["phase"] != "ready")
+        .await;
+    site.script("{}");
+    let answer = requests.await.unwrap();
+    assert_eq!((answer.ending, answer.text), (Ending::Complete, whole.text));
+    let back =
+        |view: &serde_json::Value| is_proven(view) && view["incarnation"].as_u64() > incarnation;
+    up.wait_for_node("decode", back).await;
+    up.stop().await;
+}
+
+async fn fault_is_retried(fail: serde_json::Value) {
+    for node in ["decode", "prefill"] {
+        let site = Site::new();
+        let mut topology = support::topology(site.port);
+        topology = topology.replace(
+            "first_byte_timeout = \"10s\"",
+            "first_byte_timeout = \"1s\"",
+        );
+        site.topology(&topology);
+        let up = site.up_ready().await;
+        let body = completion(3, 200, 8);
+        let whole = up.whole("decode", &body).await;
+        site.script(&json!({"nodes": {node: {"fail": fail}}}).to_string());
+        for body in [body.clone(), streamed(body)] {
+            let answer = up.generate(&body).await;
+            assert_eq!(answer.ending, Ending::Complete, "{node} {fail}");
+            assert_eq!(answer.text, whole.text, "{node} {fail}");
+        }
+        site.script("{}");
+        up.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_500_is_retried() {
+    fault_is_retried(json!({"kind": "500", "next": 1})).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_connection_is_retried() {
+    fault_is_retried(json!({"kind": "reset", "next": 1})).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hanging_request_is_retried_after_its_timeout() {
+    fault_is_retried(json!({"kind": "hang", "next": 1})).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_crash_loop_is_visible_and_the_rest_serves() {
+    let site = Site::new();
+    let up = site.up_ready().await;
+    let body = completion(1, 100, 8);
+    let whole = up.whole("decode", &body).await;
+    site.script(r#"{"nodes": {"prefill": {"crash_start": true}}}"#);
+    let pid = u32::try_from(up.node("prefill").await["pid"].as_u64().unwrap()).unwrap();
+    send(pid, Signal::SIGKILL);
+    let view = up
+        .wait_for_node("prefill", |view| view["phase"] == "crash_loop")
+        .await;
+    assert!(view["reason"].is_string(), "{view}");
+    let answer = up.generate(&body).await;
+    assert_eq!((answer.ending, answer.text), (Ending::Complete, whole.text));
+    up.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fatal_start_is_not_retried() {
+    let site = Site::new();
+    site.script(r#"{"fatal_start": "unrecognized arguments: --no-such-flag"}"#);
+    let mut up = site.up();
+    up.wait_for_log("--no-such-flag").await;
+    let status = up.wait(HANG).await;
+    assert!(!status.success());
+    site.assert_nothing_left(Duration::from_secs(1)).await;
+}

@@ -1,0 +1,32 @@
+//! The whole binary on the scripted fake vLLM: what users and operators see.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic
+)]
+
+mod ending;
+#[path = "../fake_nvml/mod.rs"]
+mod fake_nvml;
+mod faults;
+mod gpu;
+mod interrupted;
+mod kills;
+mod leaving;
+mod serving;
+#[path = "../support/mod.rs"]
+mod support;
+
+use std::time::{Duration, Instant};
+
+use support::HANG;
+
+async fn wait_until(condition: impl AsyncFn() -> bool, what: &str) {
+    let started = Instant::now();
+    while !condition().await {
+        assert!(started.elapsed() < HANG, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
