@@ -46,6 +46,7 @@ pub use self::stats::{Counters, EngineStats, RefusedSession, SessionStats};
 use self::store::{Store, StoreConfig};
 use crate::fleet::NodeId;
 use crate::handoff::HandoffBoard;
+use crate::plan::ArenaPlan;
 
 /// What the engine needs to know.
 #[derive(Clone)]
@@ -56,6 +57,8 @@ pub struct EngineConfig {
     pub token: String,
     /// The arena's size in bytes, at most.
     pub capacity: u64,
+    /// What it is made of, and where it lies.
+    pub arena: ArenaPlan,
     /// How long a hand-off may take, and then be held for the decode node.
     pub handoff_deadline: Duration,
 }
@@ -101,7 +104,7 @@ impl Engine {
             handoff_deadline: config.handoff_deadline,
             first_epoch: epoch_now(),
         });
-        let shared = Arc::new(Shared::new(store, board));
+        let shared = Arc::new(Shared::new(store, board, config.arena));
         registry.register_collector(Box::new(EngineCollector(shared.clone())));
 
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -237,6 +240,7 @@ mod tests {
             socket_path: dir.join("engine.sock"),
             token: "t".into(),
             capacity: 1 << 20,
+            arena: ArenaPlan::default(),
             handoff_deadline: LIMIT,
         };
         Engine::start(config, board, &mut Registry::default()).unwrap()

@@ -4,6 +4,7 @@
 //! simply has no GPUs, with the reason in [`NvmlStatus`].
 
 use std::io;
+use std::path::Path;
 
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity};
@@ -11,9 +12,17 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 mod gpus;
+mod memory;
+mod numa;
 mod ports;
+#[cfg(test)]
+mod testing;
 
 pub use gpus::take_gpus;
+pub use memory::{
+    HUGE_PAGE, HugePages, Memlock, MemoryFacts, ShmemThp, memory_available, raise_memlock,
+};
+pub use numa::NumaNode;
 pub use ports::{PORTS_PER_NODE, free_ports};
 
 /// The machine at one moment.
@@ -21,10 +30,11 @@ pub use ports::{PORTS_PER_NODE, free_ports};
 pub struct HostSnapshot {
     /// Cores that this process may use, ascending.
     pub cpus: Vec<usize>,
-    /// Bytes.
+    /// Bytes: the machine's, or the control group's where that is less.
     pub memory_total: u64,
-    /// Bytes that can be had without swapping.
+    /// Bytes of it that can be had without swapping.
     pub memory_available: u64,
+    pub memory: MemoryFacts,
     /// By index; those that `CUDA_VISIBLE_DEVICES` hides are left out.
     pub gpus: Vec<Gpu>,
     pub nvml: NvmlStatus,
@@ -42,6 +52,8 @@ pub struct Gpu {
     pub memory_free: Option<u64>,
     /// The GPU is split into MIG instances.
     pub mig: bool,
+    /// The NUMA node that it is attached to, where that is known.
+    pub numa_node: Option<u32>,
 }
 
 /// Whether GPUs could be looked for.
@@ -72,12 +84,14 @@ pub enum HostError {
 impl HostSnapshot {
     /// Looks at the machine. Blocks while the GPU driver answers: seconds, when it is asleep.
     pub fn take() -> Result<Self, HostError> {
-        let meminfo = std::fs::read_to_string("/proc/meminfo").map_err(HostError::Memory)?;
+        let root = Path::new("/");
+        let amount = memory::amount(root)?;
         let (gpus, nvml) = take_gpus();
         Ok(Self {
             cpus: cores()?,
-            memory_total: memory_field(&meminfo, "MemTotal")?,
-            memory_available: memory_field(&meminfo, "MemAvailable")?,
+            memory_total: amount.total,
+            memory_available: amount.available,
+            memory: MemoryFacts::read(root, amount.limited),
             gpus,
             nvml,
         })

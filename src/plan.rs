@@ -8,7 +8,6 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
-use std::time::Duration;
 
 use crate::fleet::{NodeId, Role};
 use crate::host::HostSnapshot;
@@ -19,11 +18,13 @@ use crate::topology::{Launcher, ModelFacts, NodeSettings, Topology};
 
 mod cpu;
 mod gpu;
+mod kv;
 mod launch;
 mod model_check;
 mod problem;
 mod render;
 
+pub use kv::{ArenaPlan, KvPlan, NumaPlan, PageKind};
 use problem::Found;
 pub use problem::{PlanErrors, PlanProblem};
 
@@ -52,19 +53,6 @@ pub struct ModelPlan {
     pub load_from: String,
     /// Tokens per KV block, equal on all nodes that share KV.
     pub block_size: u32,
-}
-
-/// PegaEngine's settings.
-#[derive(Debug, Clone, PartialEq)]
-pub struct KvPlan {
-    /// No node shares KV (all are unified): the engine is not started.
-    pub enabled: bool,
-    /// Bytes of the arena.
-    pub capacity: u64,
-    /// A hand-off that is open for longer fails.
-    pub handoff_deadline: Duration,
-    /// How far the canary's logprobs may be apart (0.0: bit-exact).
-    pub canary_logprob_tolerance: f64,
 }
 
 /// One vLLM server.
@@ -154,7 +142,6 @@ impl Plan {
         let replicas = replicas(topology);
         let mut found = Found::default();
         model_check::check(topology, &inputs.model, &mut found);
-        memory(topology, host, &mut found);
         let mut placements = match topology.device {
             Device::Cuda if host.gpus.is_empty() => {
                 found.problem("device", gpu::none(host, inputs));
@@ -164,6 +151,8 @@ impl Plan {
             Device::Cpu => cpu::pin(&replicas, &host.cpus, &mut found),
         };
         ports(&replicas, inputs, &mut placements, &mut found);
+        let sharing = kv::sharing(&replicas, &placements);
+        let kv = kv::plan(topology, host, &sharing, &mut found);
         let warnings = found.into_warnings(topology)?;
 
         let launch = launch::Launch { topology, inputs };
@@ -180,12 +169,7 @@ impl Plan {
                 load_from: inputs.model.load_from.clone(),
                 block_size: topology.block_size,
             },
-            kv: KvPlan {
-                enabled: topology.nodes.iter().any(NodeSettings::shares_kv),
-                capacity: topology.kv.capacity,
-                handoff_deadline: topology.kv.handoff_deadline,
-                canary_logprob_tolerance: topology.kv.canary_logprob_tolerance,
-            },
+            kv,
             router: topology.router.clone(),
             supervisor: topology.supervisor.clone(),
             nodes,
@@ -228,37 +212,6 @@ fn ports(
     for ((replica, first), placement) in replicas.iter().zip(&inputs.ports).zip(placements) {
         placement.port = replica.settings.port.unwrap_or(*first);
         placement.internal_port = first.saturating_add(1);
-    }
-}
-
-/// The store must fit; the rest of what will be used is an estimate, so it only warns.
-fn memory(topology: &Topology, host: &HostSnapshot, found: &mut Found) {
-    /// What one vLLM on CPU took beside its KV cache and the model's weights.
-    const CPU_NODE: u64 = 4 << 30;
-    let shares = topology.nodes.iter().any(NodeSettings::shares_kv);
-    let store = if shares { topology.kv.capacity } else { 0 };
-    if store > host.memory_total {
-        let problem = PlanProblem::StoreTooLarge {
-            capacity: store,
-            memory: host.memory_total,
-        };
-        found.problem("kv.capacity", problem);
-    }
-    let nodes: u64 = match topology.device {
-        Device::Cuda => 0,
-        Device::Cpu => topology
-            .nodes
-            .iter()
-            .map(|node| u64::from(node.count) * (CPU_NODE + node.kv_cache.unwrap_or(0)))
-            .sum(),
-    };
-    let total = store.saturating_add(nodes);
-    if total > host.memory_available {
-        found.warning(format!(
-            "the nodes and the store will take about {}, but {} of memory are free",
-            bytesize::ByteSize(total),
-            bytesize::ByteSize(host.memory_available),
-        ));
     }
 }
 

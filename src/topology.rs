@@ -19,6 +19,7 @@ use crate::fleet::{NodeId, Role};
 
 mod flags;
 mod keys;
+mod memory;
 mod problem;
 mod read;
 mod section;
@@ -26,6 +27,7 @@ mod source;
 mod validate;
 mod value;
 
+pub use memory::{Capacity, HugepageRequest, NumaRequest};
 pub use problem::{Problem, ProblemKind, write_problems};
 pub use source::{Place, Source};
 
@@ -114,8 +116,10 @@ pub struct ModelFacts {
 /// `[kv]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KvSettings {
-    /// Bytes of the shared store.
-    pub capacity: u64,
+    /// Of the shared store.
+    pub capacity: Capacity,
+    pub hugepages: HugepageRequest,
+    pub numa: NumaRequest,
     pub handoff_deadline: Duration,
     /// Skips the refusal of models that are known to answer wrongly with loaded KV.
     pub allow_unproven_models: bool,

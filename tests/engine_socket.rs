@@ -22,6 +22,7 @@ use pegaflow::engine::{Engine, EngineConfig, EngineError};
 use pegaflow::handoff::{
     HandoffBoard, HandoffFailure, HandoffId, HandoffOutcome, HandoffState, HandoffTicket,
 };
+use pegaflow::plan::ArenaPlan;
 use prometheus_client::registry::Registry;
 use serde_bytes::ByteBuf;
 
@@ -41,6 +42,7 @@ fn config(socket: PathBuf) -> EngineConfig {
         socket_path: socket,
         token: "secret".into(),
         capacity: 4096 + 32 * 1024,
+        arena: ArenaPlan::default(),
         handoff_deadline: Duration::from_secs(20),
     }
 }

@@ -10,7 +10,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use pegaflow::fleet::Role;
-use pegaflow::host::{Gpu, HostSnapshot, NvmlStatus};
+use pegaflow::host::{Gpu, HostSnapshot, MemoryFacts, NvmlStatus};
 use pegaflow::plan::{NodePlan, Plan, PlanErrors, PlanInputs, PlanProblem};
 use pegaflow::topology::{Device, Launcher, ModelFacts, Topology, cpu_sibling};
 use serde_json::json;
@@ -22,6 +22,7 @@ fn host(gpus: u32) -> HostSnapshot {
         cpus: vec![0, 1],
         memory_total: 64 * GIB,
         memory_available: 60 * GIB,
+        memory: MemoryFacts::default(),
         gpus: (0..gpus)
             .map(|index| Gpu {
                 index,
@@ -30,6 +31,7 @@ fn host(gpus: u32) -> HostSnapshot {
                 memory_total: Some(100 * GIB),
                 memory_free: Some(99 * GIB),
                 mig: false,
+                numa_node: None,
             })
             .collect(),
         nvml: NvmlStatus::Available,
@@ -311,7 +313,7 @@ fn latent_attention_is_refused_where_it_answers_wrongly() {
 fn what_is_not_fatal_is_warned_of() {
     let topology = pd("cpu", "count = 2\n");
     let mut host = host(0);
-    host.memory_available = GIB;
+    host.memory_available = 9 * GIB;
     let mut inputs = inputs();
     inputs.model.config = None;
     let plan = Plan::make(&topology, &host, &inputs).unwrap();

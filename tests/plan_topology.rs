@@ -10,8 +10,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use pegaflow::topology::{
-    CpuRequest, Device, GpuRequest, GpuSelector, ModelRef, ProblemKind as Kind, RuntimeSettings,
-    Topology, TopologyErrors,
+    Capacity, CpuRequest, Device, GpuRequest, GpuSelector, HugepageRequest, ModelRef, NumaRequest,
+    ProblemKind as Kind, RuntimeSettings, Topology, TopologyErrors,
 };
 
 /// A file to put mistakes into. Line numbers in the tests count from `device`, line 1.
@@ -113,6 +113,8 @@ requirements = ["vllm==1"]
 overrides = ["torch==2"]
 [kv]
 capacity = "2GiB"
+hugepages = "on"
+numa = [1, 0]
 handoff_deadline = "7s"
 allow_unproven_models = true
 canary_logprob_tolerance = 1
@@ -169,7 +171,9 @@ tensor_parallel = 2
             overrides: vec!["torch==2".to_owned()],
         }
     );
-    assert_eq!(topology.kv.capacity, 2 << 30);
+    assert_eq!(topology.kv.capacity, Capacity::Bytes(2 << 30));
+    assert_eq!(topology.kv.hugepages, HugepageRequest::On);
+    assert_eq!(topology.kv.numa, NumaRequest::Nodes(vec![1, 0]));
     assert_eq!(topology.kv.handoff_deadline, Duration::from_secs(7));
     assert!(topology.kv.allow_unproven_models);
     assert_eq!(topology.kv.canary_logprob_tolerance, 1.0);
@@ -269,6 +273,17 @@ fn wrong_types_and_bad_values() {
     assert_one!(unified("[router]\nchunk_timeout = \"30\"\n"), 6:17 "router.chunk_timeout", Kind::BadValue { .. });
     assert_one!(unified("[kv]\ncapacity = \"many\"\n"), 6:12 "kv.capacity", Kind::BadValue { .. });
     assert_one!(unified("[kv]\ncapacity = \"1MiB\"\n"), 6:12 "kv.capacity", Kind::BadValue { .. });
+    for percent in ["0%", "101%", "-1%", "1.5%", "%", "half%"] {
+        assert_one!(unified(&format!("[kv]\ncapacity = \"{percent}\"\n")), 6:12 "kv.capacity", Kind::BadValue { .. });
+    }
+    assert_one!(unified("[kv]\ncapacity = 50\n"), 6:12 "kv.capacity", Kind::WrongType { .. });
+    assert_one!(unified("[kv]\nhugepages = true\n"), 6:13 "kv.hugepages", Kind::WrongType { .. });
+    assert_one!(unified("[kv]\nhugepages = \"1GiB\"\n"), 6:13 "kv.hugepages", Kind::BadValue { .. });
+    assert_one!(unified("[kv]\nnuma = \"bind\"\n"), 6:8 "kv.numa", Kind::BadValue { .. });
+    assert_one!(unified("[kv]\nnuma = []\n"), 6:8 "kv.numa", Kind::BadValue { .. });
+    assert_one!(unified("[kv]\nnuma = [0, 0]\n"), 6:8 "kv.numa", Kind::BadValue { .. });
+    assert_one!(unified("[kv]\nnuma = [1024]\n"), 6:8 "kv.numa", Kind::BadValue { .. });
+    assert_one!(unified("[kv]\nnuma = 0\n"), 6:8 "kv.numa", Kind::WrongType { .. });
     assert_one!(unified("[kv]\nallow_unproven_models = \"yes\"\n"), 6:25 "kv.allow_unproven_models", Kind::WrongType { .. });
     assert_one!(unified("[supervisor]\nlog_bytes = \"1KiB\"\n"), 6:13 "supervisor.log_bytes", Kind::BadValue { .. });
     assert_one!(cuda(&format!("kv = 1\n{PD}")), 3:6 "kv", Kind::WrongType { .. });

@@ -26,10 +26,10 @@ use crate::control::{Control, ControlDeps};
 use crate::engine::{Engine, EngineConfig};
 use crate::fleet::{FleetPublisher, FleetWatch, NodeId, NodeView};
 use crate::handoff::HandoffBoard;
-use crate::host::HostSnapshot;
+use crate::host::{self, HostSnapshot};
 use crate::instance::{Instance, InstanceError, InstanceInfo};
 use crate::observe::Console;
-use crate::plan::Plan;
+use crate::plan::{Device, Plan};
 use crate::router::{self, RouterDeps, RouterMetrics};
 use crate::shutdown::Shutdown;
 use crate::supervise::{self, CanaryPlan, LogSink, SupervisorDeps};
@@ -174,10 +174,20 @@ fn start_engine(
     if !plan.kv.enabled {
         return Ok(None);
     }
+    if let Some(note) = &plan.kv.page_note {
+        tracing::info!("{note}");
+    }
+    // The nodes inherit it, and register the arena with their GPUs.
+    if plan.device == Device::Cuda
+        && let Err(error) = host::raise_memlock()
+    {
+        tracing::warn!(%error, "cannot raise the limit of lockable memory (ulimit -l)");
+    }
     let config = EngineConfig {
         socket_path: instance.engine_socket(),
         token,
         capacity: plan.kv.capacity,
+        arena: plan.kv.arena.clone(),
         handoff_deadline: plan.kv.handoff_deadline,
     };
     let engine = Engine::start(config, board.clone(), registry)

@@ -6,17 +6,33 @@
 //!   generations     stride ≥ row_bytes × world
 //! ```
 //!
-//! The file is a memfd that can neither shrink nor grow, so no mapping of it can fault. The engine
-//! maps only the generations; rows are read and written by vLLM workers alone.
+//! The file is a memfd that can neither shrink nor grow, so no mapping of it reaches beyond its end.
+//! The engine keeps a mapping of the generations only; rows are read and written by vLLM workers.
+//!
+//! ```text
+//! first worker's row size ─ Shape::fit ─▶ file: memfd of the planned pages, on the planned NUMA nodes
+//!                                           ├─▶ sent to the workers at once
+//!                                           └─▶ prefault: threads touch its pages meanwhile
+//! ```
+//!
+//! A second tier (SSD) would sit beside this module, not in it: it reads and writes whole slots
+//! through a mapping of its own, under leases like a worker's, and knows no layout but [`Shape`].
+
+mod file;
+mod keeper;
+mod prefault;
+mod sys;
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use memmap2::{MmapOptions, MmapRaw};
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::unistd::ftruncate;
+use memmap2::MmapRaw;
+
+use self::file::MemoryFile;
+pub use self::keeper::Keeper;
+use crate::host::HUGE_PAGE;
+use crate::plan::{ArenaPlan, PageKind};
 
 /// Where the rows begin and how long everything is.
 const PAGE: u64 = 4096;
@@ -36,7 +52,8 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// The most slots that fit into `capacity` bytes; `None` when not even one does.
+    /// The most slots that fit into `capacity` bytes; `None` when not even one does. A capacity of
+    /// whole 2 MiB makes an arena of whole 2 MiB, as huge pages need it.
     pub fn fit(capacity: u64, row_bytes: u64, world: u32) -> Option<Self> {
         let stride = row_bytes
             .checked_mul(u64::from(world))?
@@ -56,13 +73,18 @@ impl Shape {
         if slots == 0 {
             return None;
         }
+        let page = if capacity.is_multiple_of(HUGE_PAGE) {
+            HUGE_PAGE
+        } else {
+            PAGE
+        };
         let header_bytes = header(slots);
         Some(Self {
             slots: u32::try_from(slots).ok()?,
             row_bytes,
             stride,
             header_bytes,
-            arena_bytes: (header_bytes + slots * stride).next_multiple_of(PAGE),
+            arena_bytes: (header_bytes + slots * stride).next_multiple_of(page),
         })
     }
 }
@@ -70,26 +92,22 @@ impl Shape {
 /// A sealed memory file and the mapping of its generations.
 #[derive(Debug)]
 pub struct Arena {
-    file: OwnedFd,
+    file: MemoryFile,
     generations: MmapRaw,
     shape: Shape,
 }
 
 impl Arena {
-    pub fn create(shape: Shape) -> io::Result<Self> {
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-        let file = memfd_create(c"pegaflow-kv", flags)?;
-        let len = libc::off_t::try_from(shape.arena_bytes).map_err(io::Error::other)?;
-        ftruncate(&file, len)?;
-        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-        fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
-        let header = usize::try_from(shape.header_bytes).map_err(io::Error::other)?;
-        let generations = MmapOptions::new()
-            .len(header)
-            .map_raw(&std::fs::File::from(file.try_clone()?))?;
+    pub fn create(shape: Shape, plan: &ArenaPlan) -> io::Result<Self> {
+        let file = MemoryFile::create(shape.arena_bytes, plan)?;
+        // The mapping of huge pages can be undone only in whole ones.
+        let header = match file.pages {
+            PageKind::Huge => shape.header_bytes.next_multiple_of(HUGE_PAGE),
+            PageKind::Transparent | PageKind::Normal => shape.header_bytes,
+        };
         let arena = Self {
+            generations: file.map(0, header)?,
             file,
-            generations,
             shape,
         };
         for slot in 0..shape.slots {
@@ -100,7 +118,7 @@ impl Arena {
 
     /// What a worker maps.
     pub fn file(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+        self.file.file.as_fd()
     }
 
     /// Publishes that slot's chunk: who reads this value afterwards knows that every older chunk
@@ -156,13 +174,26 @@ mod tests {
                 None => prop_assert!(capacity < stride + PAGE),
             }
         }
+
+        #[test]
+        fn whole_huge_pages_stay_whole_and_within_the_capacity(
+            pages in 1..1u64 << 20,
+            row_bytes in 1..1u64 << 24,
+            world in 1..64u32,
+        ) {
+            let capacity = pages * HUGE_PAGE;
+            if let Some(shape) = Shape::fit(capacity, row_bytes, world) {
+                prop_assert!(shape.arena_bytes.is_multiple_of(HUGE_PAGE));
+                prop_assert!(shape.arena_bytes <= capacity);
+            }
+        }
     }
 
     #[test]
     fn the_file_is_sealed_and_generations_are_shared() {
         let shape = Shape::fit(1 << 20, 1000, 2).unwrap();
-        let arena = Arena::create(shape).unwrap();
-        let file = std::fs::File::from(arena.file.try_clone().unwrap());
+        let arena = Arena::create(shape, &ArenaPlan::default()).unwrap();
+        let file = &arena.file.file;
         assert_eq!(file.metadata().unwrap().len(), shape.arena_bytes);
         assert!(file.set_len(1).is_err());
         assert!(file.set_len(shape.arena_bytes * 2).is_err());
@@ -171,7 +202,7 @@ mod tests {
         arena.set_generation(shape.slots, 7);
         let read = |slot: u32| {
             let mut bytes = [0; 4];
-            std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, u64::from(slot) * 4)
+            std::os::unix::fs::FileExt::read_exact_at(file, &mut bytes, u64::from(slot) * 4)
                 .unwrap();
             u32::from_ne_bytes(bytes)
         };

@@ -21,6 +21,7 @@ impl Collector for EngineCollector {
         let stats = self.0.read(Store::stats);
         gauges(&mut encoder, &stats, self.0.is_up())?;
         counters(&mut encoder, &stats)?;
+        arena(&mut encoder, stats.arena_bytes, self.0.prefaulted())?;
         labelled(&mut encoder, &stats)
     }
 }
@@ -62,6 +63,22 @@ fn gauges(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats, up: bool) ->
         ),
     ];
     for (name, help, value) in gauges {
+        let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
+        let name = format!("pegaflow_engine_{name}");
+        gauge.encode(encoder.encode_descriptor(&name, help, None, gauge.metric_type())?)?;
+    }
+    Ok(())
+}
+
+fn arena(encoder: &mut DescriptorEncoder<'_>, bytes: u64, prefaulted: u64) -> fmt::Result {
+    for (name, help, value) in [
+        ("arena_bytes", "Size of the arena", bytes),
+        (
+            "arena_prefaulted_bytes",
+            "Bytes of the arena that got their memory ahead of use",
+            prefaulted,
+        ),
+    ] {
         let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
         let name = format!("pegaflow_engine_{name}");
         gauge.encode(encoder.encode_descriptor(&name, help, None, gauge.metric_type())?)?;

@@ -13,9 +13,8 @@ mod frames;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::net::{UnixListener, UnixStream};
@@ -25,13 +24,14 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::frames::listen_at;
 use self::frames::{SessionError, read_message, write, write_welcome};
-use super::arena::Arena;
+use super::arena::{Arena, Keeper};
 use super::protocol::{
     ClientMessage, Hello, MAX_FRAME, MAX_HELLO, RefusalCode, Refused, ServerMessage, SessionKind,
     Welcome,
 };
 use super::store::{Action, SessionId, Store};
 use crate::handoff::{HandoffBoard, HandoffFailure};
+use crate::plan::ArenaPlan;
 
 const HELLO_WITHIN: Duration = Duration::from_secs(5);
 /// How exact the deadlines of hand-offs are.
@@ -51,8 +51,7 @@ pub struct Shared {
 
 struct State {
     store: Store,
-    /// With its epoch.
-    arena: Option<(u64, Arc<Arena>)>,
+    arena: Keeper,
     /// Ends one session.
     closers: HashMap<SessionId, CancellationToken>,
 }
@@ -64,16 +63,17 @@ impl fmt::Debug for Shared {
 }
 
 impl Shared {
-    pub fn new(store: Store, board: HandoffBoard) -> Self {
+    pub fn new(store: Store, board: HandoffBoard, arena: ArenaPlan) -> Self {
+        let stop = CancellationToken::new();
         Self {
             state: Mutex::new(State {
                 store,
-                arena: None,
+                arena: Keeper::new(arena, stop.clone()),
                 closers: HashMap::new(),
             }),
             board,
             up: AtomicBool::new(true),
-            stop: CancellationToken::new(),
+            stop,
         }
     }
 
@@ -86,6 +86,19 @@ impl Shared {
         self.up.store(false, Ordering::Release);
         self.stop.cancel();
         self.board.fail_all(HandoffFailure::EngineDown);
+        // Its threads stop at `stop`; they are joined without the lock.
+        let prefault = self.lock_anyway().arena.take_prefault();
+        drop(prefault);
+    }
+
+    /// The state for what it is worth after a panic.
+    fn lock_anyway(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes of the arena whose pages are there.
+    pub fn prefaulted(&self) -> u64 {
+        self.lock_anyway().arena.prefaulted()
     }
 
     /// Changes the store and carries out what follows, before anybody else can see the change.
@@ -99,13 +112,7 @@ impl Shared {
 
     /// Reads the store's figures, for what they are worth after a panic.
     pub fn read<T>(&self, read: impl FnOnce(&Store) -> T) -> T {
-        read(
-            &self
-                .state
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .store,
-        )
+        read(&self.lock_anyway().store)
     }
 
     /// A session for this peer, what ends it, and the file that it is to map.
@@ -118,7 +125,8 @@ impl Shared {
         let admitted = state.store.admit(hello);
         state.carry_out(&self.board);
         let welcome = admitted?;
-        let arena = match state.current_arena() {
+        let wanted = state.store.arena();
+        let arena = match state.arena.of(wanted) {
             Ok(arena) => arena,
             Err(error) => {
                 let refused = state.store.retract(welcome.session, &error.to_string());
@@ -149,7 +157,7 @@ impl State {
         for action in self.store.take_actions() {
             match action {
                 Action::Generation(at) => {
-                    if let Some((_, arena)) = &self.arena {
+                    if let Some(arena) = self.arena.arena() {
                         arena.set_generation(at.slot, at.generation);
                     }
                 }
@@ -165,24 +173,6 @@ impl State {
                 }
             }
         }
-    }
-
-    /// The arena that the store describes now; made anew when that is another one.
-    fn current_arena(&mut self) -> io::Result<Option<Arc<Arena>>> {
-        let Some((epoch, shape)) = self.store.arena() else {
-            self.arena = None;
-            return Ok(None);
-        };
-        if let Some((known, arena)) = &self.arena
-            && *known == epoch
-        {
-            return Ok(Some(arena.clone()));
-        }
-        self.arena = None;
-        let arena = Arc::new(Arena::create(shape)?);
-        tracing::info!(slots = shape.slots, bytes = shape.arena_bytes, "arena made");
-        self.arena = Some((epoch, arena.clone()));
-        Ok(Some(arena))
     }
 }
 

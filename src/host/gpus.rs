@@ -1,11 +1,12 @@
 //! GPUs through NVML.
 
 use std::env;
+use std::path::Path;
 
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::{Device, Nvml};
 
-use super::{Gpu, NvmlStatus};
+use super::{Gpu, NvmlStatus, numa};
 
 /// `NVML_DEVICE_MIG_ENABLE`.
 const MIG_ENABLED: u32 = 1;
@@ -56,6 +57,9 @@ fn read(device: &Device<'_>) -> Result<Located, NvmlError> {
         mig: device
             .mig_mode()
             .is_ok_and(|mode| mode.current == MIG_ENABLED),
+        numa_node: pci
+            .as_ref()
+            .and_then(|pci| numa::of_pci(Path::new("/"), &pci.bus_id)),
     };
     Ok((gpu, pci.map(|pci| (pci.domain, pci.bus, pci.device))))
 }
@@ -98,6 +102,7 @@ mod tests {
             memory_total: None,
             memory_free: None,
             mig: false,
+            numa_node: None,
         }
     }
 

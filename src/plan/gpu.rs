@@ -213,6 +213,7 @@ mod tests {
             memory_total: Some(100 * GB),
             memory_free: Some(free * GB),
             mig: false,
+            numa_node: None,
         }
     }
 

@@ -88,10 +88,44 @@ pub enum PlanProblem {
     )]
     MlaOnCpu { model_type: String },
     #[error(
-        "the store of {} is larger than this machine's memory of {}; write a smaller size",
-        ByteSize(*capacity), ByteSize(*memory)
+        "the store of {} does not fit: of {}'s {} of memory, {} are free; {}",
+        ByteSize(*capacity),
+        if *limited { "this control group" } else { "this machine" },
+        ByteSize(*total), ByteSize(*available), smaller(*instead)
     )]
-    StoreTooLarge { capacity: u64, memory: u64 },
+    StoreTooLarge {
+        capacity: u64,
+        available: u64,
+        total: u64,
+        /// Not the machine, but the control group has no more.
+        limited: bool,
+        /// What would fit.
+        instead: Option<u64>,
+    },
+    #[error(
+        "the store needs {needed} free huge pages of 2 MiB, {free} are there; run `{command}`, or \
+         write \"auto\""
+    )]
+    TooFewHugePages {
+        needed: u64,
+        free: u64,
+        command: String,
+    },
+    #[error(
+        "there is no NUMA node {node} with memory for this process, only {}",
+        list(nodes)
+    )]
+    UnknownNumaNode { node: u32, nodes: Vec<u32> },
+    #[error(
+        "the store of {} does not fit on NUMA node {node}, which has {} free; write a smaller \
+         `capacity`, or more nodes",
+        ByteSize(*capacity), ByteSize(*available)
+    )]
+    NumaNodeTooSmall {
+        node: u32,
+        capacity: u64,
+        available: u64,
+    },
     #[error("{wanted} port ranges are needed, {given} were found; write fewer nodes")]
     TooFewPorts { wanted: usize, given: usize },
 }
@@ -166,6 +200,17 @@ impl Found {
 pub(super) fn list<T: std::fmt::Display>(items: &[T]) -> String {
     let items: Vec<String> = items.iter().map(T::to_string).collect();
     items.join(", ")
+}
+
+/// What to write for a store that fits.
+fn smaller(instead: Option<u64>) -> String {
+    const MIB: u64 = 1 << 20;
+    const GIB: u64 = 1 << 30;
+    match instead {
+        None => "end something that uses memory".to_owned(),
+        Some(bytes) if bytes < 4 * GIB => format!("write \"{}MiB\" or less", bytes / MIB),
+        Some(bytes) => format!("write \"{}GiB\" or less", bytes / GIB),
+    }
 }
 
 fn show(selector: &GpuSelector) -> String {

@@ -40,6 +40,8 @@ pub(super) const KV: Known = Known {
     header: "[kv]",
     keys: &[
         "capacity",
+        "hugepages",
+        "numa",
         "handoff_deadline",
         "allow_unproven_models",
         "canary_logprob_tolerance",

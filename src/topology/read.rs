@@ -8,6 +8,7 @@ use std::time::Duration;
 use toml::de::{DeTable, DeValue};
 
 use super::keys;
+use super::memory::{capacity, hugepages, numa};
 use super::problem::{Findings, ProblemKind};
 use super::section::Section;
 use super::source::join;
@@ -16,8 +17,8 @@ use super::value::{
     role, size, string, wrong,
 };
 use super::{
-    CpuRequest, Device, GpuRequest, KvSettings, ModelRef, NodeSettings, RouterSettings,
-    RuntimeSettings, SupervisorSettings, Topology,
+    Capacity, CpuRequest, Device, GpuRequest, HugepageRequest, KvSettings, ModelRef, NodeSettings,
+    NumaRequest, RouterSettings, RuntimeSettings, SupervisorSettings, Topology,
 };
 use crate::fleet::Role;
 
@@ -176,7 +177,13 @@ fn runtime(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RuntimeSettings {
 fn kv(top: &mut Section<'_, '_, '_, '_>, device: Device) -> KvSettings {
     let mut section = top.sub("kv", &keys::KV);
     KvSettings {
-        capacity: section.get("capacity", size).unwrap_or(8 * GIB),
+        capacity: section
+            .get("capacity", capacity)
+            .unwrap_or(Capacity::Bytes(8 * GIB)),
+        hugepages: section
+            .get("hugepages", hugepages)
+            .unwrap_or(HugepageRequest::Auto),
+        numa: section.get("numa", numa).unwrap_or(NumaRequest::Auto),
         handoff_deadline: section.seconds("handoff_deadline", 60),
         allow_unproven_models: section
             .get("allow_unproven_models", boolean)

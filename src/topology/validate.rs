@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use super::flags::{self, Flag, Verdict};
 use super::problem::{Findings, ProblemKind};
-use super::{CpuRequest, Device, GpuRequest, NodeSettings, Topology};
+use super::{Capacity, CpuRequest, Device, GpuRequest, NodeSettings, Topology};
 use crate::fleet::Role;
 
 const MIB: u64 = 1 << 20;
@@ -73,8 +73,10 @@ fn top(topology: &Topology, findings: &mut Findings<'_>) {
         let found = format!("{length}, less than one block of {}", topology.block_size);
         findings.add("max_model_len", bad(found, "a larger number"));
     }
-    if topology.kv.capacity < 16 * MIB {
-        let found = format!("{} bytes", topology.kv.capacity);
+    if let Capacity::Bytes(bytes) = topology.kv.capacity
+        && bytes < 16 * MIB
+    {
+        let found = format!("{bytes} bytes");
         findings.add("kv.capacity", bad(found, "at least \"16MiB\""));
     }
     let supervisor = &topology.supervisor;

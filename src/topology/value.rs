@@ -185,7 +185,7 @@ pub(super) fn cpus(value: &DeValue<'_>) -> Read<CpuRequest> {
     }
 }
 
-fn has_duplicates<T: PartialEq>(items: &[T]) -> bool {
+pub(super) fn has_duplicates<T: PartialEq>(items: &[T]) -> bool {
     items
         .iter()
         .enumerate()
