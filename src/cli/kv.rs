@@ -108,6 +108,9 @@ async fn ask(socket: &Path, method: Method, path: &str) -> Result<Value, Exit> {
     if status.is_success() {
         return Ok(value);
     }
-    let why = value.get("error").and_then(Value::as_str).unwrap_or_default();
+    let why = value
+        .get("error")
+        .and_then(Value::as_str)
+        .unwrap_or_default();
     Err(Exit::Failed(anyhow!("{status}: {why}")))
 }
