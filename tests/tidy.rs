@@ -16,6 +16,7 @@ use pegaflow::topology::Topology;
 /// Imports go from an earlier layer to a later one. Within a layer only where it is listed.
 const LAYERS: &[&[&str]] = &[
     &["main", "cli"],
+    &["control"],
     &["engine", "router", "supervise"],
     &["observe"],
     &["plan"],
