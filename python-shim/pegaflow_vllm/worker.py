@@ -11,29 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult
 
 from pegaflow_vllm.arena import Arena, parse_refs
 from pegaflow_vllm.client import Client
+from pegaflow_vllm.copy import Page, load_rows, save_rows
 from pegaflow_vllm.guard import guarded, report
 from pegaflow_vllm.manager import ChunkSpec
 from pegaflow_vllm.protocol import Commit, Discard, Loaded
 
 REMEMBERED_STORES = 65536
-
-
-@dataclass(frozen=True)
-class Page:
-    """One layer's share of a chunk: `tensor` is (blocks, bytes) in int8, `start` its place in the row."""
-
-    tensor: torch.Tensor
-    start: int
-    size: int
-
-    @property
-    def columns(self) -> slice:
-        return slice(self.start, self.start + self.size)
 
 
 class Layout:
@@ -152,8 +139,7 @@ class Worker(OffloadingWorker):
             return None
         size = 0
         for group, blocks, chunk_slots in self._by_group(src_spec, slots):
-            for page in self._layout.groups[group]:
-                _copy_to_rows(page, blocks, arena.rows, chunk_slots)
+            save_rows(self._layout.groups[group], blocks, arena.rows, chunk_slots)
             size += self._layout.group_bytes[group] * len(blocks)
         return size
 
@@ -166,8 +152,7 @@ class Worker(OffloadingWorker):
             return None
         size = 0
         for group, blocks, chunk_slots in self._by_group(dst_spec, slots):
-            for page in self._layout.groups[group]:
-                _copy_from_rows(page, blocks, arena.rows, chunk_slots)
+            load_rows(self._layout.groups[group], blocks, arena.rows, chunk_slots)
             size += self._layout.group_bytes[group] * len(blocks)
         if not arena.current(slots, refs):
             report("load", "a load of %d chunks was overtaken by new owners of its slots", len(refs))
@@ -206,33 +191,3 @@ class Worker(OffloadingWorker):
                 failed=count if size is None else 0,
             )
         )
-
-
-def _runs(blocks: np.ndarray, slots: np.ndarray) -> list[tuple[int, int, int]]:
-    """(first block, first slot, length) of every stretch where both ascend by one."""
-    breaks = np.flatnonzero((np.diff(blocks) != 1) | (np.diff(slots) != 1)) + 1
-    starts = np.concatenate(([0], breaks))
-    lengths = np.diff(np.concatenate((starts, [len(blocks)])))
-    return [(int(blocks[at]), int(slots[at]), int(n)) for at, n in zip(starts, lengths, strict=True)]
-
-
-def _copy_to_rows(page: Page, blocks: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
-    cells = rows[:, page.columns]
-    if page.tensor.device.type == "cpu":
-        cache = page.tensor.numpy()
-        for block, slot, count in _runs(blocks, slots):
-            cells[slot : slot + count] = cache[block : block + count, : page.size]
-        return
-    index = torch.from_numpy(blocks).to(page.tensor.device)
-    cells[slots] = page.tensor[:, : page.size].index_select(0, index).cpu().numpy()
-
-
-def _copy_from_rows(page: Page, blocks: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
-    cells = rows[:, page.columns]
-    if page.tensor.device.type == "cpu":
-        cache = page.tensor.numpy()
-        for block, slot, count in _runs(blocks, slots):
-            cache[block : block + count, : page.size] = cells[slot : slot + count]
-        return
-    index = torch.from_numpy(blocks).to(page.tensor.device)
-    page.tensor[:, : page.size].index_copy_(0, index, torch.from_numpy(cells[slots]).to(page.tensor.device))
