@@ -2,6 +2,7 @@
 //! engine and the router meet.
 
 mod exit;
+mod leftovers;
 mod prepare;
 mod ready;
 mod up;

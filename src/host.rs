@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 mod gpus;
 mod ports;
 
-pub use gpus::take_gpus;
+pub use gpus::{GpuHolder, gpu_holders, take_gpus};
 pub use ports::{PORTS_PER_NODE, free_ports};
 
 /// The machine at one moment.
