@@ -3,6 +3,7 @@
 
 mod exit;
 mod kv;
+mod leftovers;
 mod prepare;
 mod ready;
 mod up;

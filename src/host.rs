@@ -18,7 +18,7 @@ mod ports;
 #[cfg(test)]
 mod testing;
 
-pub use gpus::take_gpus;
+pub use gpus::{GpuHolder, gpu_holders, take_gpus};
 pub use memory::{
     HUGE_PAGE, HugePages, Memlock, MemoryFacts, ShmemThp, memory_available, raise_memlock,
 };

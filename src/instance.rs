@@ -104,6 +104,7 @@ pub struct Instance {
     name: String,
     dir: PathBuf,
     logs: PathBuf,
+    follows_a_killed_one: bool,
     /// `None` once released.
     lock: Option<File>,
 }
@@ -126,11 +127,14 @@ impl Instance {
         for _ in 0..TRIES {
             place::private_dir(&dir)?;
             match try_lock(&dir)? {
-                Attempt::Held(lock) => {
+                Attempt::Held(mut lock) => {
+                    // Whoever ends in good order takes the file along.
+                    let follows_a_killed_one = read_info(&mut lock).is_some();
                     let mut instance = Self {
                         name: name.to_owned(),
                         dir,
                         logs,
+                        follows_a_killed_one,
                         lock: Some(lock),
                     };
                     wipe(&instance.dir)?;
@@ -150,6 +154,11 @@ impl Instance {
 
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The last one under this name left its run directory behind.
+    pub fn follows_a_killed_one(&self) -> bool {
+        self.follows_a_killed_one
     }
 
     /// Private, and short enough for a socket in it.

@@ -33,13 +33,16 @@ fn snapshot(script: Option<&str>, visible: Option<&str>) -> HostSnapshot {
             "a_snapshot_of_this_machine_can_be_taken",
             "--nocapture",
         ])
-        .env("LD_LIBRARY_PATH", directory.path())
         .env_remove("CUDA_VISIBLE_DEVICES");
     if let Some(script) = script {
+        child.env("LD_LIBRARY_PATH", directory.path());
         fake_nvml::build(directory.path());
         let file = directory.path().join("gpus.txt");
         fs::write(&file, script).unwrap();
         child.env("FAKE_NVML_FILE", file);
+    } else {
+        // Whatever this host has.
+        child.env("PEGAFLOW_NVML_LIBRARY", directory.path().join("missing"));
     }
     if let Some(visible) = visible {
         child.env("CUDA_VISIBLE_DEVICES", visible);

@@ -104,24 +104,28 @@ pub fn guard_program() -> Result<PathBuf, Exit> {
 /// The secrets and the paths of one run.
 pub struct Run<'a> {
     pub topology: &'a Topology,
-    pub host: &'a HostSnapshot,
     pub instance: &'a Instance,
     pub token: &'a str,
 }
 
 impl Run<'_> {
     /// What would be wrong whatever the runtime and the model turn out to be: no GPU, no cores.
-    /// Asked before the slow part, so that a person does not wait for a download to learn it.
-    pub fn preflight(&self) -> Result<(), Exit> {
+    pub fn preflight(&self, host: &HostSnapshot) -> Result<(), Exit> {
         let model = ModelFacts {
             load_from: String::new(),
             identity: String::new(),
             config: None,
         };
-        self.plan(Launcher::Vllm("vllm".into()), model).map(|_| ())
+        self.plan(host, Launcher::Vllm("vllm".into()), model)
+            .map(|_| ())
     }
 
-    pub fn plan(&self, launcher: Launcher, model: ModelFacts) -> Result<Plan, Exit> {
+    pub fn plan(
+        &self,
+        host: &HostSnapshot,
+        launcher: Launcher,
+        model: ModelFacts,
+    ) -> Result<Plan, Exit> {
         let ports = host::free_ports(
             Plan::ports_needed(self.topology),
             &self.topology.fixed_ports(),
@@ -138,7 +142,7 @@ impl Run<'_> {
             inherited_pythonpath: std::env::var("PYTHONPATH").ok(),
             cpu_config: topology::cpu_sibling(self.topology.source.file()),
         };
-        Plan::make(self.topology, self.host, &inputs).map_err(|error| {
+        Plan::make(self.topology, host, &inputs).map_err(|error| {
             if error.lacks_machine() {
                 Exit::Machine(error.into())
             } else {

@@ -19,6 +19,7 @@ use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::task::{JoinError, JoinHandle, JoinSet};
 
+use super::leftovers::host_that_fits;
 use super::prepare::{Installed, Run, guard_program, install, load};
 use super::ready::{self, Start};
 use super::{Context, Exit};
@@ -26,7 +27,7 @@ use crate::control::{Control, ControlDeps};
 use crate::engine::{Engine, EngineConfig};
 use crate::fleet::{FleetPublisher, FleetWatch, NodeId, NodeView};
 use crate::handoff::HandoffBoard;
-use crate::host::{self, HostSnapshot};
+use crate::host;
 use crate::instance::{Instance, InstanceError, InstanceInfo};
 use crate::observe::Console;
 use crate::plan::{Device, Plan};
@@ -59,29 +60,20 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
         .set_info(&info)
         .map_err(|error| Exit::Machine(error.into()))?;
 
-    let host = tokio::task::spawn_blocking(HostSnapshot::take);
-    let host = tokio::select! {
-        // NVML may hang with its driver; its thread is left behind then.
-        () = cx.shutdown.graceful().cancelled() => return Err(Exit::Interrupted),
-        host = host => host,
-    };
-    let host = host
-        .map_err(|error| Exit::failed("looking at the machine panicked", error))?
-        .map_err(|error| Exit::Machine(error.into()))?;
     let token = format!("{:032x}", rand::random::<u128>());
     let run = Run {
         topology: &topology,
-        host: &host,
         instance: &instance,
         token: &token,
     };
-    run.preflight()?;
+    // Before the slow part, so that a person does not wait for a download to learn it.
+    let host = host_that_fits(&cx, &instance, |host| run.preflight(host)).await?;
     let shim = instance
         .unpack_shim()
         .map_err(|error| Exit::Machine(error.into()))?;
     let Installed { runtime, model } =
         install(&cx, &topology, &shim, Some(instance.dir().to_owned())).await?;
-    let plan = run.plan(runtime.launcher, model)?;
+    let plan = run.plan(&host, runtime.launcher, model)?;
     for warning in &plan.warnings {
         tracing::warn!("{warning}");
     }

@@ -1,8 +1,10 @@
 //! GPUs through NVML.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::path::Path;
 
+use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::{Device, Nvml};
 
@@ -10,6 +12,54 @@ use super::{Gpu, NvmlStatus, numa};
 
 /// `NVML_DEVICE_MIG_ENABLE`.
 const MIG_ENABLED: u32 = 1;
+
+/// Names NVML's library where the loader does not find it by itself.
+const LIBRARY_VARIABLE: &str = "PEGAFLOW_NVML_LIBRARY";
+
+/// A process that holds memory of a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GpuHolder {
+    /// As the driver sees it, which may be outside of our pid namespace.
+    pub pid: u32,
+    /// Bytes; `None` where the driver does not say.
+    pub memory: Option<u64>,
+}
+
+/// Who holds memory of which GPU, by UUID. What the driver does not tell is left out.
+pub fn gpu_holders() -> BTreeMap<String, Vec<GpuHolder>> {
+    holders().unwrap_or_default()
+}
+
+fn holders() -> Result<BTreeMap<String, Vec<GpuHolder>>, NvmlError> {
+    let nvml = nvml()?;
+    let mut found = BTreeMap::new();
+    for index in 0..nvml.device_count()? {
+        let listed = nvml.device_by_index(index).and_then(|device| {
+            let processes = device.running_compute_processes()?;
+            Ok((device.uuid()?, processes))
+        });
+        // A GPU that does not answer hides nothing of the others.
+        let Ok((uuid, processes)) = listed else {
+            continue;
+        };
+        let holder = |process: nvml_wrapper::struct_wrappers::device::ProcessInfo| GpuHolder {
+            pid: process.pid,
+            memory: match process.used_gpu_memory {
+                UsedGpuMemory::Used(bytes) => Some(bytes),
+                UsedGpuMemory::Unavailable => None,
+            },
+        };
+        found.insert(uuid, processes.into_iter().map(holder).collect());
+    }
+    Ok(found)
+}
+
+fn nvml() -> Result<Nvml, NvmlError> {
+    match env::var_os(LIBRARY_VARIABLE) {
+        Some(path) if !path.is_empty() => Nvml::builder().lib_path(&path).init(),
+        _ => Nvml::init(),
+    }
+}
 
 /// The GPUs that this process may use, by index, and whether it could look for them.
 ///
@@ -29,7 +79,7 @@ pub fn take_gpus() -> (Vec<Gpu>, NvmlStatus) {
 }
 
 fn look() -> Result<Vec<Gpu>, NvmlError> {
-    let nvml = Nvml::init()?;
+    let nvml = nvml()?;
     let mut found = Vec::new();
     for index in 0..nvml.device_count()? {
         // A GPU that fell off the bus must not hide the others, nor shift their indices.

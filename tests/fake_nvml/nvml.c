@@ -1,18 +1,26 @@
 /* A scripted libnvidia-ml.so.1: the GPUs stand in the text file that FAKE_NVML_FILE names, one per
- * line: INDEX UUID TOTAL_BYTES FREE_BYTES MIG [BUS]. A free memory of "-" is not told, a UUID of
- * "lost" makes the GPU unreachable; '#' begins a comment. A file that begins with "broken" makes
- * nvmlInit fail. The file is read again by every call that needs it, so a test may change it.
+ * line: INDEX UUID TOTAL_BYTES FREE_BYTES MIG [BUS [PID,PID,...]]. A free memory of "-" is not told,
+ * a UUID of "lost" makes the GPU unreachable; the PIDs hold what is not free, in equal parts; '#'
+ * begins a comment. A file that begins with "broken" makes nvmlInit fail. The file is read again by
+ * every call that needs it, so a test may change it.
  */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { SUCCESS = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, DRIVER_NOT_LOADED = 9, GPU_LOST = 15 };
+enum {
+    SUCCESS = 0,
+    INVALID_ARGUMENT = 2,
+    NOT_SUPPORTED = 3,
+    INSUFFICIENT_SIZE = 7,
+    DRIVER_NOT_LOADED = 9,
+    GPU_LOST = 15
+};
 enum { MAX_GPUS = 16 };
 
 typedef struct {
     unsigned index, mig, bus;
-    char uuid[80], free[32];
+    char uuid[80], free[32], pids[128];
     unsigned long long total;
 } gpu_t;
 
@@ -32,8 +40,8 @@ static int read_gpus(gpu_t *gpus) {
             return -1;
         }
         memset(gpu, 0, sizeof *gpu);
-        int fields = sscanf(line, "%u %79s %llu %31s %u %u", &gpu->index, gpu->uuid, &gpu->total,
-                            gpu->free, &gpu->mig, &gpu->bus);
+        int fields = sscanf(line, "%u %79s %llu %31s %u %u %127s", &gpu->index, gpu->uuid,
+                            &gpu->total, gpu->free, &gpu->mig, &gpu->bus, gpu->pids);
         if (line[0] == '#' || fields < 5)
             continue;
         if (fields < 6)
@@ -161,4 +169,25 @@ int nvmlDeviceGetMigMode(void *device, unsigned *current, unsigned *pending) {
     if (rc == SUCCESS)
         *current = *pending = gpu.mig;
     return rc;
+}
+
+typedef struct {
+    unsigned pid;
+    unsigned long long used;
+    unsigned gpu_instance, compute_instance;
+} process_t;
+
+int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count, process_t *processes) {
+    gpu_t gpu;
+    unsigned found = 0, room = processes ? *count : 0;
+    int rc = gpu_of(device, &gpu);
+    if (rc != SUCCESS)
+        return rc;
+    for (char *pid = strtok(gpu.pids, ","); pid; pid = strtok(NULL, ","), found++)
+        if (found < room)
+            processes[found] = (process_t){.pid = (unsigned)strtoul(pid, NULL, 10)};
+    for (unsigned i = 0; i < found && i < room; i++)
+        processes[i].used = (gpu.total - strtoull(gpu.free, NULL, 10)) / found;
+    *count = found;
+    return found > room ? INSUFFICIENT_SIZE : SUCCESS;
 }

@@ -1,84 +1,200 @@
 //! `configs/1p1d.toml` as it is shipped, on a scripted libnvidia-ml.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use crate::fake_nvml;
-use crate::support::client::is_proven;
-use crate::support::{self, Site, send};
+use crate::support::client::{self, Ending, completion, is_proven};
+use crate::support::{GONE_LIMIT, HANG, Pegaflow, Site, processes, send};
 
-const TWO_GPUS: &str =
-    "0 GPU-aaaa 85899345920 85000000000 0\n1 GPU-bbbb 85899345920 85000000000 0\n";
+const TOTAL: u64 = 85_899_345_920;
+/// What `up` says while it waits for memory.
+const WAITING: &str = "waiting up to 8 s for GPU memory";
 
-/// `configs/1p1d.toml` as it is shipped, but for the port.
-fn gpu_site(gpus: Option<&str>) -> Site {
+/// The scripted machine: two GPUs, and who holds their memory.
+fn two_gpus(free: u64, holders: &[u32]) -> String {
+    let holders: Vec<String> = holders.iter().map(u32::to_string).collect();
+    let holders = holders.join(",");
+    format!("0 GPU-aaaa {TOTAL} {free} 0 1 {holders}\n1 GPU-bbbb {TOTAL} {free} 0 2 {holders}\n")
+}
+
+fn free_gpus() -> String {
+    two_gpus(TOTAL - (1 << 30), &[])
+}
+
+fn busy_gpus(holders: &[u32]) -> String {
+    two_gpus(1 << 30, holders)
+}
+
+/// What NVML is on this machine.
+enum Library<'s> {
+    Missing,
+    Scripted(&'s str),
+}
+
+/// The shipped config, but for the port.
+fn gpu_site(library: Library<'_>) -> Site {
     let mut site = Site::new();
     let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
-    for name in ["1p1d.toml", "1p1d-cpu.toml"] {
+    for (name, ours) in [
+        ("1p1d.toml", "topology.toml"),
+        ("1p1d-cpu.toml", "topology-cpu.toml"),
+    ] {
         let text = fs::read_to_string(shipped.join(name)).unwrap();
         let (old, new) = ("127.0.0.1:8000", format!("127.0.0.1:{}", site.port));
         assert!(text.contains(old), "{name}");
-        fs::write(site.path(name), text.replace(old, &new)).unwrap();
+        fs::write(site.path(ours), text.replace(old, &new)).unwrap();
     }
-    fs::rename(site.path("1p1d.toml"), site.path("topology.toml")).unwrap();
-    fs::rename(site.path("1p1d-cpu.toml"), site.path("topology-cpu.toml")).unwrap();
     site.env("HF_HUB_OFFLINE", "1");
-    let library = site.path("nvml");
-    fs::create_dir(&library).unwrap();
-    site.env("LD_LIBRARY_PATH", library.to_str().unwrap());
-    if let Some(gpus) = gpus {
-        fake_nvml::build(&library);
-        fs::write(library.join("gpus.txt"), gpus).unwrap();
-        site.env("FAKE_NVML_FILE", library.join("gpus.txt").to_str().unwrap());
+    let dir = site.path("nvml");
+    fs::create_dir(&dir).unwrap();
+    // Named outright, so that a driver of this host is never used.
+    let file = dir.join("libnvidia-ml.so.1");
+    site.env("PEGAFLOW_NVML_LIBRARY", file.to_str().unwrap());
+    if let Library::Scripted(gpus) = library {
+        fake_nvml::build(&dir);
+        set_gpus(&site, gpus);
+        let script = site.path("nvml/gpus.txt");
+        site.env("FAKE_NVML_FILE", script.to_str().unwrap());
     }
     site
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn the_gpu_config_gives_each_node_its_own_gpu() {
-    let site = gpu_site(Some(TWO_GPUS));
-    let up = site.up_ready().await;
-    let mut seen = Vec::new();
-    for node in ["prefill", "decode"] {
-        let addr = up.node(node).await["addr"].as_str().unwrap().to_owned();
-        let text = support::client::get(&format!("http://{addr}/_fake/env"))
-            .await
-            .unwrap();
-        let environment: serde_json::Value = serde_json::from_str(&text).unwrap();
-        assert_eq!(environment["CUDA_DEVICE_ORDER"], "PCI_BUS_ID");
-        seen.push(
-            environment["CUDA_VISIBLE_DEVICES"]
-                .as_str()
-                .unwrap()
-                .to_owned(),
-        );
-    }
-    seen.sort();
-    assert_eq!(seen, ["0", "1"]);
+fn set_gpus(site: &Site, gpus: &str) {
+    let draft = site.path("nvml/gpus.new");
+    fs::write(&draft, gpus).unwrap();
+    fs::rename(draft, site.path("nvml/gpus.txt")).unwrap();
+}
 
-    let view = up.node("decode").await;
-    let incarnation = view["incarnation"].as_u64();
-    send(
-        u32::try_from(view["pid"].as_u64().unwrap()).unwrap(),
-        Signal::SIGKILL,
+async fn leader(up: &Pegaflow<'_>, node: &str) -> u32 {
+    u32::try_from(up.node(node).await["pid"].as_u64().unwrap()).unwrap()
+}
+
+/// The GPUs that every process of a node sees, from what the node says and from the kernel.
+async fn visible(up: &Pegaflow<'_>, node: &str) -> String {
+    let addr = up.node(node).await["addr"].as_str().unwrap().to_owned();
+    let text = client::get(&format!("http://{addr}/_fake/env")).await;
+    let environment: Value = serde_json::from_str(&text.unwrap()).unwrap();
+    assert_eq!(environment["CUDA_DEVICE_ORDER"], "PCI_BUS_ID");
+    let gpus = environment["CUDA_VISIBLE_DEVICES"].as_str().unwrap();
+
+    let tree = processes::tree(leader(up, node).await);
+    assert!(tree.len() >= 3, "leader, engine and worker: {tree:?}");
+    let of_all = processes::with_environment(&format!("CUDA_VISIBLE_DEVICES={gpus}"));
+    assert!(
+        of_all.is_superset(&tree),
+        "{node}: not all see {gpus:?} only"
     );
-    let back =
-        |view: &serde_json::Value| is_proven(view) && view["incarnation"].as_u64() > incarnation;
-    up.wait_for_node("decode", back).await;
+    gpus.to_owned()
+}
+
+async fn assignment(up: &Pegaflow<'_>) -> BTreeMap<&'static str, String> {
+    let mut seen = BTreeMap::new();
+    for node in ["prefill", "decode"] {
+        seen.insert(node, visible(up, node).await);
+    }
+    seen
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_node_sees_its_own_gpu_and_only_that_also_after_it_returned() {
+    let site = gpu_site(Library::Scripted(&free_gpus()));
+    let up = site.up_ready().await;
+    let before = assignment(&up).await;
+    let distinct: BTreeSet<&str> = before.values().map(String::as_str).collect();
+    assert_eq!(distinct, BTreeSet::from(["0", "1"]));
+
+    for node in ["decode", "prefill"] {
+        let incarnation = up.node(node).await["incarnation"].as_u64();
+        send(leader(&up, node).await, Signal::SIGKILL);
+        let back = |view: &Value| is_proven(view) && view["incarnation"].as_u64() > incarnation;
+        up.wait_for_node(node, back).await;
+        assert_eq!(assignment(&up).await, before, "after the death of {node}");
+    }
+    let answer = up.generate(&with_model(completion(1, 100, 4))).await;
+    assert_eq!(answer.ending, Ending::Complete);
     up.stop().await;
+}
+
+fn with_model(mut body: Value) -> Value {
+    body.as_object_mut().unwrap().remove("model");
+    body
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_gpu_the_message_names_the_cpu_config() {
-    for gpus in [None, Some("")] {
-        let site = gpu_site(gpus);
+    for library in [
+        Library::Missing,
+        Library::Scripted(""),
+        Library::Scripted("broken\n"),
+    ] {
+        let site = gpu_site(library);
         let mut up = site.up();
         let status = up.wait(Duration::from_secs(10)).await;
         assert_eq!(status.code(), Some(4), "4: this machine cannot run it");
         assert!(up.output().contains("topology-cpu.toml"), "{}", up.output());
         site.assert_nothing_left(Duration::from_secs(1)).await;
     }
+}
+
+/// The driver frees the memory of killed nodes some time after their end.
+#[tokio::test(flavor = "multi_thread")]
+async fn up_right_after_a_kill_waits_for_the_old_nodes_memory() {
+    let site = gpu_site(Library::Scripted(&free_gpus()));
+    let mut up = site.up_ready().await;
+    let holders = [leader(&up, "prefill").await, leader(&up, "decode").await];
+    set_gpus(&site, &busy_gpus(&holders));
+    up.signal(Signal::SIGKILL);
+    up.wait(HANG).await;
+
+    let mut again = site.up();
+    again.wait_for_log(WAITING).await;
+    let (pids, output) = (
+        format!("pids {}, {}", holders[0], holders[1]),
+        again.output(),
+    );
+    assert!(output.contains(&format!("GPU 0 ({pids})")), "{output}");
+    assert!(output.contains(&format!("GPU 1 ({pids})")), "{output}");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    set_gpus(&site, &free_gpus());
+    again.wait_for_log("pegaflow is ready").await;
+    assert_eq!(again.output().matches(WAITING).count(), 1, "said once");
+    again.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_leftovers_never_free_is_refused_after_a_while() {
+    let mut dead = std::process::Command::new("true").spawn().unwrap();
+    dead.wait().unwrap();
+    let site = gpu_site(Library::Scripted(&busy_gpus(&[dead.id()])));
+    let started = Instant::now();
+    let mut up = site.up();
+    let status = up.wait(Duration::from_secs(20)).await;
+    assert_eq!(status.code(), Some(4), "4: this machine cannot run it");
+    assert!(
+        started.elapsed() >= Duration::from_secs(8),
+        "it did not wait"
+    );
+    assert!(up.output().contains(WAITING));
+    site.assert_nothing_left(GONE_LIMIT).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_somebody_else_uses_is_refused_at_once() {
+    let site = gpu_site(Library::Scripted(&busy_gpus(&[std::process::id()])));
+    let mut up = site.up();
+    let status = up.wait(Duration::from_secs(20)).await;
+    assert_eq!(status.code(), Some(4), "4: this machine cannot run it");
+    assert!(!up.output().contains(WAITING), "{}", up.output());
+    assert!(
+        up.output().contains("too few usable GPUs"),
+        "{}",
+        up.output()
+    );
+    site.assert_nothing_left(GONE_LIMIT).await;
 }
