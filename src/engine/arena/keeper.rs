@@ -51,6 +51,7 @@ impl Keeper {
         {
             return Ok(Some(current.arena.clone()));
         }
+        // Waits for the threads of the one before, which end after one small step.
         self.current = None;
         let arena = Arc::new(Arena::create(shape, &self.plan)?);
         tracing::info!(
@@ -82,5 +83,38 @@ impl Keeper {
     /// The threads, to be dropped where waiting for them harms nobody.
     pub fn take_prefault(&mut self) -> Option<Prefault> {
         self.current.as_mut()?.prefault.take()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_arena_lasts_as_long_as_its_epoch() {
+        let stop = CancellationToken::new();
+        let mut keeper = Keeper::new(ArenaPlan::default(), stop.clone());
+        let shape = Shape::fit(1 << 20, 1000, 1);
+        let mut of = |epoch: u64| keeper.of(Some((epoch, shape.unwrap()))).unwrap().unwrap();
+        let first = of(1);
+        assert!(Arc::ptr_eq(&first, &of(1)));
+        assert!(!Arc::ptr_eq(&first, &of(2)));
+        assert!(keeper.arena().is_some());
+        assert!(keeper.of(None).unwrap().is_none());
+        assert!(keeper.arena().is_none() && keeper.prefaulted() == 0);
+        assert!(!stop.is_cancelled(), "the next arena is pre-faulted too");
+    }
+
+    #[test]
+    fn what_was_cancelled_touches_nothing_more() {
+        let stop = CancellationToken::new();
+        stop.cancel();
+        let mut keeper = Keeper::new(ArenaPlan::default(), stop);
+        keeper
+            .of(Some((1, Shape::fit(1 << 20, 1000, 1).unwrap())))
+            .unwrap();
+        drop(keeper.take_prefault());
+        assert_eq!(keeper.prefaulted(), 0);
+        assert!(keeper.arena().is_some());
     }
 }
