@@ -121,6 +121,8 @@ pub struct KvSettings {
     pub hugepages: HugepageRequest,
     pub numa: NumaRequest,
     pub handoff_deadline: Duration,
+    /// Decode nodes save the tokens they generate, for the next turn of a conversation.
+    pub save_decoded: bool,
     /// Skips the refusal of models that are known to answer wrongly with loaded KV.
     pub allow_unproven_models: bool,
     pub canary_logprob_tolerance: f64,

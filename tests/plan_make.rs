@@ -323,6 +323,19 @@ fn what_is_not_fatal_is_warned_of() {
 }
 
 #[test]
+fn nodes_are_told_to_save_generated_tokens_only_when_the_topology_says_so() {
+    let told = |kv: &str| {
+        let plan = Plan::make(&pd("cuda", kv), &host(2), &inputs()).unwrap();
+        let value = |node: &NodePlan| node.env.get("PEGAFLOW_KV_SAVE_DECODED").cloned();
+        plan.nodes.iter().map(value).collect::<Vec<_>>()
+    };
+    assert_eq!(told(""), [None, None]);
+    assert_eq!(told("[kv]\nsave_decoded = false\n"), [None, None]);
+    let yes = Some("1".to_owned());
+    assert_eq!(told("[kv]\nsave_decoded = true\n"), [yes.clone(), yes]);
+}
+
+#[test]
 fn nothing_that_is_printed_holds_the_token() {
     let plan = Plan::make(&pd("cuda", ""), &host(2), &inputs()).unwrap();
     assert_eq!(plan.nodes[0].env["PEGAFLOW_KV_TOKEN"], "s3cret-token");

@@ -16,6 +16,8 @@ class Settings:
     weights_id: str
     call_timeout: float
     """Seconds that one scheduler call may take."""
+    save_decoded: bool = False
+    """Decode nodes save the tokens they generate, for the next turn of the conversation."""
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings | None":
@@ -30,6 +32,7 @@ class Settings:
             incarnation=_integer(env, "PEGAFLOW_INCARNATION", 0),
             weights_id=env.get("PEGAFLOW_WEIGHTS_ID", ""),
             call_timeout=max(1, _integer(env, "PEGAFLOW_KV_TIMEOUT_MS", DEFAULT_TIMEOUT_MS)) / 1000,
+            save_decoded=env.get("PEGAFLOW_KV_SAVE_DECODED", "") == "1",
         )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 
+from pegaflow_vllm import meta
 from pegaflow_vllm.guard import guarded
 from pegaflow_vllm.manager import Manager
 from pegaflow_vllm.spec import building
@@ -13,8 +14,9 @@ from pegaflow_vllm.worker import Worker
 # From 0.30 on a worker names the requests whose load failed; before that it names blocks.
 _TransferResults = getattr(base, "KVConnectorTransferResults", None)
 
-_ORPHANS = "pegaflow_orphans"
-"""Attribute on a step's connector metadata."""
+_LIMIT = "max_offload_tokens"
+"""Where vLLM keeps how many tokens of a request it offers at most; absent from older versions, which then offer
+generated tokens as they come."""
 
 
 class PegaConnector(OffloadingConnector):
@@ -30,12 +32,14 @@ class PegaConnector(OffloadingConnector):
         manager = self._manager
         if manager is not None:
             manager.keys_of = self._keys_of
+            manager.generated_of = self._generated_of
 
     # -- scheduler
 
     def on_new_request(self, request: Any) -> None:
         self._begin(request)
         super().on_new_request(request)
+        self._save_when_finished(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         manager = self._manager
@@ -51,30 +55,36 @@ class PegaConnector(OffloadingConnector):
         return super().update_state_after_alloc(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
-        meta = super().build_connector_meta(scheduler_output)
+        connector_meta = super().build_connector_meta(scheduler_output)
         self._seal(scheduler_output)
-        self._pass_orphans(meta)
-        return meta
+        if self._manager is not None:
+            meta.attach(connector_meta, self._manager.step())
+        return connector_meta
 
     def update_connector_output(self, connector_output: Any) -> None:
         failed = self._failed_requests(connector_output)
         super().update_connector_output(connector_output)
         if failed and self._manager is not None:
             self._manager.loads_failed(failed)
+        self._note_stray(connector_output)
 
     def request_finished(self, request: Any, block_ids: Any) -> Any:
-        if self._manager is not None:
-            self._manager.ending(request.request_id)
+        self._ending(request)
         return super().request_finished(request, block_ids)
 
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> Any:
-        if self._manager is not None:
-            self._manager.ending(request.request_id)
+        self._ending(request)
         return super().request_finished_all_groups(request, block_ids)
 
     # -- worker
 
+    def handle_preemptions(self, kv_connector_metadata: Any) -> None:
+        # Comes first in a step, and may store.
+        self._follow(kv_connector_metadata)
+        super().handle_preemptions(kv_connector_metadata)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        self._follow(self._connector_metadata)
         self._discard_orphans()
         super().start_load_kv(forward_context, **kwargs)
 
@@ -90,6 +100,14 @@ class PegaConnector(OffloadingConnector):
         return _TransferResults(
             finished_sending=set(sent or ()), finished_recving=received, failed_recving=failed & received
         )
+
+    def build_connector_worker_meta(self) -> Any:
+        stock = super().build_connector_worker_meta()
+        worker = self._worker
+        stray = worker.stray() if worker is not None else None
+        if stock is None and stray is None:
+            return None
+        return meta.WorkerMeta.of(stock or meta.OffloadingWorkerMetadata(), stray)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         if _TransferResults is not None:
@@ -124,6 +142,29 @@ class PegaConnector(OffloadingConnector):
             return []
         return [key for state in status.group_states for key in state.offload_keys]
 
+    def _generated_of(self, request_id: str) -> list[bytes]:
+        status = self.connector_scheduler._req_status.get(request_id)
+        if status is None:
+            return []
+        prompt = status.req.num_prompt_tokens
+        groups = zip(self._groups(), status.group_states, strict=True)
+        return [key for group, state in groups for key in state.offload_keys[prompt // group.tokens_per_chunk :]]
+
+    @guarded()
+    def _save_when_finished(self, request: Any) -> None:
+        """Generated tokens are offered once, at the end: nothing happens between two tokens."""
+        status = self.connector_scheduler._req_status.get(request.request_id)
+        if self._manager.saves_generated(request.request_id) and getattr(status, _LIMIT, 0) is None:
+            setattr(status, _LIMIT, request.num_prompt_tokens)
+
+    @guarded()
+    def _ending(self, request: Any) -> None:
+        self._manager.ending(request.request_id)
+        status = self.connector_scheduler._req_status.get(request.request_id)
+        if self._manager.saves_generated(request.request_id) and hasattr(status, _LIMIT):
+            params = request.kv_transfer_params or {}
+            setattr(status, _LIMIT, params.get(_LIMIT))
+
     @guarded()
     def _seal(self, scheduler_output: Any) -> None:
         """Seals every hand-off whose prompt is computed when this step ends: all its keys have been offered."""
@@ -135,14 +176,18 @@ class PegaConnector(OffloadingConnector):
                 self._manager.seal(request_id)
 
     @guarded()
-    def _pass_orphans(self, meta: Any) -> None:
-        """Only workers may discard, so the refs travel with the step's metadata."""
-        if orphans := self._manager.take_orphans():
-            setattr(meta, _ORPHANS, orphans)
+    def _note_stray(self, output: Any) -> None:
+        stray = getattr(output.kv_connector_worker_meta, "stray", None)
+        if stray is not None:
+            self._manager.strayed(stray)
+
+    @guarded()
+    def _follow(self, connector_meta: Any) -> None:
+        self._worker.follow(meta.attached(connector_meta).life)
 
     @guarded()
     def _discard_orphans(self) -> None:
-        if orphans := getattr(self._connector_metadata, _ORPHANS, b""):
+        if orphans := meta.attached(self._connector_metadata).orphans:
             self._worker.discard(orphans)
 
     @guarded(set)
@@ -150,9 +195,9 @@ class PegaConnector(OffloadingConnector):
         failed = set(getattr(output, "failed_recving", None) or ())
         if not failed and getattr(output, "invalid_block_ids", None):
             # Blocks only: blame every load that completes with them.
-            meta = output.kv_connector_worker_meta
+            done = getattr(output.kv_connector_worker_meta, "completed_jobs", ())
             jobs = self.connector_scheduler._jobs
-            for job_id in getattr(meta, "completed_jobs", ()):
+            for job_id in done:
                 job = jobs.get(job_id)
                 if job is not None and not job.is_store:
                     failed.add(job.req_id)

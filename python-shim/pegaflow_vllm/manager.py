@@ -3,8 +3,12 @@
 One request's life here:
 
     begin (open) -> [attempt -> lookup.. -> attempt ended]* -> prepare_load -> complete_load (release)
-                 -> prepare_store.. -> seal | abort
+                 -> prepare_store.. -> seal | abort                                   a prefill leg
+                 -> prepare_store of generated tokens, once it has finished           a decode leg, if told to
                  -> finish
+
+When the client's session ends, replies and hand-offs of that life are forgotten: a request under way computes
+what it does not have yet. A request that begins is what makes the client try for another session.
 
 An attempt is one call of the connector's get_num_new_matched_tokens: its first `lookup` asks the engine for all
 keys of the prompt, the others are answered from that reply. A reply is used by a later attempt only while its
@@ -13,8 +17,6 @@ lease is held and it is younger than REPOLL_SECONDS.
 
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -29,87 +31,46 @@ from vllm.v1.kv_offload.base import (
 
 from pegaflow_vllm import protocol
 from pegaflow_vllm.client import Client
-from pegaflow_vllm.guard import guarded, report
+from pegaflow_vllm.guard import guarded
+from pegaflow_vllm.meta import Step, Stray
 from pegaflow_vllm.protocol import Abort, Finish, Open, Release, Seal
+from pegaflow_vllm.tracked import Handoff, Leg, Reply, Tracked
 
 PENDING_DEADLINE = 0.5
 """Seconds that one request may wait for chunks that are still being written."""
 REPOLL_SECONDS = 0.002
 
 KeysOf = Callable[[str], list[bytes]]
-
-
-class Leg(Enum):
-    PREFILL = "prefill"
-    DECODE = "decode"
-
-
-@dataclass(frozen=True)
-class Handoff:
-    id: str
-    leg: Leg
-
-    @classmethod
-    def of(cls, kv_transfer_params: Any) -> "Handoff | None":
-        """The hand-off that a request's kv_transfer_params mark it for; None for all other requests."""
-        mark = kv_transfer_params.get("pegaflow") if isinstance(kv_transfer_params, dict) else None
-        if not isinstance(mark, dict):
-            return None
-        handoff, leg = mark.get("handoff"), mark.get("leg")
-        if not isinstance(handoff, str) or not handoff or leg not in ("prefill", "decode"):
-            report("mark", "ignoring malformed kv_transfer_params.pegaflow %r", mark)
-            return None
-        return cls(handoff, Leg(leg))
+"""Keys of a request by its id."""
 
 
 class ChunkSpec(LoadStoreSpec):
-    """Names arena slots to the workers: refs in the order of vLLM's blocks, valid in one arena epoch."""
+    """Names arena slots to the workers: refs in the order of vLLM's blocks.
 
-    def __init__(self, epoch: int, refs: bytes):
+    Valid in one arena epoch, and in one life of the scheduler's session.
+    """
+
+    def __init__(self, epoch: int, refs: bytes, life: int = 0):
         self.epoch = epoch
         self.refs = refs
+        self.life = life
 
     def __repr__(self) -> str:
         return f"ChunkSpec({len(self.refs) // protocol.REF_BYTES} chunks)"
 
 
-@dataclass
-class Reply:
-    """The engine's answer for all keys of a prompt; its hits are leased to the request."""
-
-    states: dict[bytes, int]
-    refs: dict[bytes, bytes]
-    at: float
-
-
-@dataclass
-class Tracked:
-    """A request that takes part in a hand-off."""
-
-    id: str
-    handoff: Handoff
-    prompt_tokens: int
-    reply: Reply | None = None
-    asked: bool = False
-    """`reply` belongs to the current attempt."""
-    pending_until: float | None = None
-    loading: bool = False
-    load_failed: bool = False
-    storing: bool = field(init=False)
-    """More chunks may be offered; ends with the seal, a refusal or an abort."""
-    finished: bool = False
-
-    def __post_init__(self) -> None:
-        self.storing = self.handoff.leg is Leg.PREFILL
-
-
 class Manager(OffloadingManager):
-    def __init__(self, client: Client, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, client: Client, clock: Callable[[], float] = time.monotonic, *, save_decoded: bool = False):
         self._client = client
         self._clock = clock
+        self._save_decoded = save_decoded
+        self._life = client.life
+        """Of the session that everything tracked belongs to; 0 for none."""
         self._tracked: dict[str, Tracked] = {}
         self.keys_of: KeysOf | None = None
         """Set by the connector: a prompt's keys on versions whose ReqContext does not hold them."""
+        self.generated_of: KeysOf | None = None
+        """Set by the connector: keys of chunks that reach beyond the prompt."""
 
     # -- called by the connector
 
@@ -117,14 +78,26 @@ class Manager(OffloadingManager):
     def begin(self, request_id: str, params: Any, prompt_tokens: int, chunks: int) -> None:
         """First sight of a request; `chunks` is how many full chunks its prompt has over all groups."""
         handoff = Handoff.of(params)
-        if handoff is None or not self._client.alive:
+        if handoff is None:
             return
-        self._tracked[request_id] = Tracked(request_id, handoff, prompt_tokens)
+        self._client.retry()
+        if not self._follow_session():
+            return
+        tracked = Tracked(request_id, handoff, prompt_tokens)
+        self._tracked[request_id] = tracked
         if handoff.leg is Leg.PREFILL:
             self._client.send(Open(request=request_id, handoff=handoff.id, chunks=chunks))
+        else:
+            tracked.saving = self._save_decoded
+
+    @guarded(bool)
+    def saves_generated(self, request_id: str) -> bool:
+        tracked = self._tracked.get(request_id)
+        return tracked is not None and tracked.saving
 
     @guarded()
     def begin_attempt(self, request_id: str) -> None:
+        self._follow_session()
         tracked = self._tracked.get(request_id)
         if tracked is not None:
             tracked.asked = False
@@ -171,10 +144,20 @@ class Manager(OffloadingManager):
                 tracked.load_failed = True
                 self._release(tracked)
 
-    @guarded(bytes)
-    def take_orphans(self) -> bytes:
-        """Refs that were granted too late to be written: the workers are to discard them."""
-        return self._client.take_orphans()
+    @guarded(lambda: Step(0))
+    def step(self) -> Step:
+        """What the workers have to know in this step."""
+        if not self._follow_session():
+            return Step(0)
+        orphans = self._client.take_orphans()
+        return Step(self._client.life, orphans) if self._client.alive else Step(0)
+
+    @guarded()
+    def strayed(self, stray: Stray) -> None:
+        """A worker has no session: nothing that this life grants would ever be written."""
+        if self._client.alive and (stray.life == self._client.life or stray.for_good):
+            self._client.drop("a worker of this node has no session", for_good=stray.for_good)
+            self._follow_session()
 
     # -- called by vLLM
 
@@ -219,8 +202,12 @@ class Manager(OffloadingManager):
     def prepare_store(self, keys: Collection[bytes], req_context: Any) -> PrepareStoreOutput | None:
         keys = list(keys)
         tracked = self._tracked.get(req_context.req_id)
-        if tracked is None or not tracked.storing or not keys:
-            return PrepareStoreOutput([], self._spec(b""), [])
+        if tracked is None or not keys:
+            return self._nothing_to_store()
+        if tracked.saving:
+            return self._save(tracked, keys)
+        if not tracked.storing:
+            return self._nothing_to_store()
         granted = self._client.store(tracked.id, tracked.handoff.id, keys)
         if granted is None:
             # The grant may still come, as an orphan.
@@ -229,6 +216,26 @@ class Manager(OffloadingManager):
         if not granted.ok:
             tracked.storing = False
             return None
+        return self._granted(keys, granted)
+
+    def _save(self, tracked: Tracked, keys: list[bytes]) -> PrepareStoreOutput:
+        """Saves chunks that nobody waits for. What is refused is not offered again: it would leave a gap."""
+        if not tracked.recomputed and self.generated_of is not None:
+            # The rest came from the store, or lies in this node's own cache as well as in P's.
+            generated = set(self.generated_of(tracked.id))
+            keys = [key for key in keys if key in generated]
+        if not keys or tracked.loading:
+            return self._nothing_to_store()
+        granted = self._client.store(tracked.id, None, keys)
+        if granted is None or not granted.ok:
+            tracked.saving = False
+            return self._nothing_to_store()
+        return self._granted(keys, granted)
+
+    def _nothing_to_store(self) -> PrepareStoreOutput:
+        return PrepareStoreOutput([], self._spec(b""), [])
+
+    def _granted(self, keys: list[bytes], granted: protocol.Granted) -> PrepareStoreOutput:
         new = np.frombuffer(granted.new, dtype="<u4")
         order = np.argsort(new, kind="stable")  # vLLM walks blocks in the order of `keys`
         refs = np.frombuffer(granted.refs, dtype=protocol.REF_DTYPE)[order]
@@ -259,6 +266,17 @@ class Manager(OffloadingManager):
 
     # -- inside
 
+    def _follow_session(self) -> bool:
+        """True while there is a session; what belongs to an earlier one is forgotten."""
+        life = self._client.life if self._client.check() else 0
+        if life != self._life:
+            self._life = life
+            for tracked in self._tracked.values():
+                # The engine has ended the leases and failed the hand-offs itself.
+                tracked.reply = tracked.pending_until = None
+                tracked.storing = tracked.saving = False
+        return life != 0
+
     def _ask(self, tracked: Tracked, req_context: Any) -> None:
         tracked.asked = True
         now = self._clock()
@@ -268,11 +286,13 @@ class Manager(OffloadingManager):
         found = self._client.lookup(tracked.id, tracked.handoff.id, keys)
         if found is None:
             tracked.reply = None
+            tracked.recomputed = True
             # The engine may have leased the hits of an answer that came too late.
             self._client.send(Release(request=tracked.id))
             return
         refs = dict(zip(keys, protocol.split_refs(found.refs), strict=True))
         tracked.reply = Reply(dict(zip(keys, found.states, strict=True)), refs, now)
+        tracked.recomputed = any(state != protocol.HIT for state in found.states)
         if protocol.PENDING not in found.states:
             return
         if tracked.pending_until is None:
@@ -300,7 +320,7 @@ class Manager(OffloadingManager):
 
     def _spec(self, refs: bytes) -> ChunkSpec:
         session = self._client.session
-        return ChunkSpec(session.welcome.epoch if session is not None else 0, refs)
+        return ChunkSpec(session.welcome.epoch if session is not None else 0, refs, self._client.life)
 
     def _release(self, tracked: Tracked) -> None:
         if tracked.reply is None or tracked.loading:

@@ -40,13 +40,19 @@ class PegaSpec(OffloadingSpec):
         self._settings = Settings.from_env()
         if self._settings is None:
             logger.warning("pegaflow: PEGAFLOW_KV_SOCKET is not set; this node serves without the store")
+        # vLLM offers generated tokens only when told so; the manager takes them from decode legs.
+        self.offload_prompt_only = not self._save_decoded
 
     def get_manager(self) -> OffloadingManager:
-        return Manager(self._connect("scheduler", 0))
+        return Manager(self._connect("scheduler", 0), save_decoded=self._save_decoded)
 
     def get_worker(self, kv_caches: Any) -> OffloadingWorker:
         layout = Layout(kv_caches)
         return Worker(layout, self._connect("worker", layout.row_bytes))
+
+    @property
+    def _save_decoded(self) -> bool:
+        return self._settings is not None and self._settings.save_decoded
 
     def _connect(self, kind: str, row_bytes: int) -> Client:
         settings = self._settings

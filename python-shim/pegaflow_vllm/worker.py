@@ -1,5 +1,14 @@
 """Worker side: copies KV blocks between this rank's cache and its rows of the arena.
 
+    new --> bound to life n --follow(n + 1): old session closed, new one opened, arena mapped anew--> bound to n + 1
+                 |                                 |
+                 +--- the session ends ---> stray <+ no session now: reported until the next life
+
+A worker is bound to one life of the scheduler's session (client.py) and copies only what that life was granted:
+its hello tells the engine that nothing of its earlier sessions is being copied any more, and from then on slots
+of an earlier life may belong to others. So a worker that loses its session does not open another by itself; it
+tells the scheduler, which begins the next life.
+
 A chunk is one block of one KV group. Its row holds the pages of the group's layers one after another, so a row
 is as wide as the widest group. Copies are synchronous. A store is committed as soon as it is copied; a load
 whose slot changed owner before or during the copy, or that cannot be done at all, is reported as failed.
@@ -18,6 +27,7 @@ from pegaflow_vllm.client import Client
 from pegaflow_vllm.copy import Page, load_rows, save_rows
 from pegaflow_vllm.guard import guarded, report
 from pegaflow_vllm.manager import ChunkSpec
+from pegaflow_vllm.meta import Stray
 from pegaflow_vllm.protocol import Commit, Discard, Loaded
 
 REMEMBERED_STORES = 65536
@@ -63,13 +73,9 @@ class Worker(OffloadingWorker):
         self._done: list[TransferResult] = []
         self._stored: dict[int, None] = {}
         self._failures = Failures()
-        session = client.session
-        if session is not None and session.arena is not None:
-            try:
-                self._arena = Arena(session.arena, session.welcome, layout.row_bytes)
-            except ValueError as error:
-                report("arena", "%s; this worker goes on without the store", error)
-                client.close()
+        self._life = 0
+        """Of the scheduler's session; 0 until it is known."""
+        self._map()
 
     # -- called by vLLM
 
@@ -114,14 +120,47 @@ class Worker(OffloadingWorker):
         return failures
 
     @guarded()
+    def follow(self, life: int) -> None:
+        """Joins the scheduler's life `life` before anything of it is copied; 0 is none."""
+        if life <= self._life:
+            return
+        first, self._life = self._life == 0, life
+        # Nothing was ever copied in the session that was opened before the scheduler had one.
+        if first and self._client.check():
+            return
+        self._arena = None
+        if self._client.reopen():
+            self._map()
+
+    @guarded()
+    def stray(self) -> Stray | None:
+        """Says so when this worker has no session in the scheduler's life."""
+        if self._life == 0 or self._client.check():
+            return None
+        return Stray(self._life, self._client.off)
+
+    @guarded()
     def discard(self, refs: bytes) -> None:
         """Gives up chunks that were granted to this node and will not be written."""
         self._client.send(Discard(refs=refs))
 
     # -- inside
 
+    def _map(self) -> None:
+        session = self._client.session
+        if session is None or session.arena is None:
+            return
+        try:
+            self._arena = Arena(session.arena, session.welcome, self._layout.row_bytes)
+        except ValueError as error:
+            report("arena", "%s; this worker goes on without the store", error)
+            self._client.close()
+
     @guarded()
     def _store(self, src_spec: Any, dst_spec: ChunkSpec, start: float) -> int | None:
+        if dst_spec.life != self._life or not self._client.alive:
+            # The engine took these chunks back when that session ended.
+            return None
         size = self._copy_out(src_spec, dst_spec)
         if size is None:
             self._client.send(Discard(refs=dst_spec.refs))
@@ -159,10 +198,9 @@ class Worker(OffloadingWorker):
             return None
         return size
 
-    @staticmethod
-    def _usable(arena: Arena | None, spec: ChunkSpec, refs: np.ndarray) -> np.ndarray | None:
+    def _usable(self, arena: Arena | None, spec: ChunkSpec, refs: np.ndarray) -> np.ndarray | None:
         # Epoch 0: the scheduler's session opened before any arena existed.
-        if arena is None or spec.epoch not in (0, arena.epoch):
+        if arena is None or spec.life != self._life or spec.epoch not in (0, arena.epoch):
             return None
         return arena.slots_of(refs)
 

@@ -51,3 +51,43 @@ def client(engine: ToyEngine) -> Iterator[Client]:
     client = Client(engine.path, call_timeout=10.0)
     yield client
     client.close()
+
+
+@pytest.fixture(scope="session")
+def configs(tmp_path_factory):
+    # Not at the top: vLLM takes long to import.
+    from node import config
+
+    return {batch: config(tmp_path_factory.mktemp("model"), batch=batch) for batch in (512, 32)}
+
+
+@pytest.fixture
+def make(engine, configs, monkeypatch):
+    """Makes nodes of the toy engine."""
+    from node import Node
+
+    made = []
+
+    def build(name: str, batch: int = 512, timeout_ms: int = 10_000, **env: str) -> "Node":
+        settings = {"SOCKET": engine.path, "TOKEN": "t", "TIMEOUT_MS": str(timeout_ms)} | env
+        for key, value in settings.items():
+            monkeypatch.setenv(f"PEGAFLOW_KV_{key}", value)
+        monkeypatch.setenv("PEGAFLOW_NODE", name)
+        monkeypatch.setenv("PEGAFLOW_INCARNATION", "1")
+        made.append(Node(configs[batch]))
+        return made[-1]
+
+    yield build
+    for node in made:
+        node.close()
+
+
+@pytest.fixture
+def expected(make):
+    """The answer of a node that uses no store."""
+    alone = make("alone", SOCKET="")
+
+    def ask(ids: list[int], tokens: int = 4) -> list[int]:
+        return alone.ask(f"{len(alone.answers)}", ids, tokens)
+
+    return ask

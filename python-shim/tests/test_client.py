@@ -149,9 +149,8 @@ def test_an_answer_cut_by_the_deadline_does_not_break_the_stream(script, quick):
     assert quick.lookup("r", "h", KEYS).states == b"\0\0"
 
 
-def test_after_timeouts_in_a_row_calls_cost_nothing_until_the_pause_is_over(script, quick, monkeypatch):
-    monkeypatch.setattr(client_module, "FIRST_PAUSE", 0.0)
-    quick._pause = 3600.0
+def test_after_timeouts_in_a_row_calls_cost_nothing_until_the_pause_is_over(script, quick):
+    quick._cooling.pause = 3600.0
     for _ in range(client_module.TIMEOUTS_TO_COOL):
         assert quick.lookup("r", "h", KEYS) is None
     quick._call_timeout = 3600.0
@@ -161,7 +160,7 @@ def test_after_timeouts_in_a_row_calls_cost_nothing_until_the_pause_is_over(scri
     assert all(isinstance(message, Lookup) for message in asked)
     assert isinstance(script.read(), Release)
 
-    quick._cool_until = time.monotonic()
+    quick._cooling.until = time.monotonic()
     quick._call_timeout = 20.0
     script.write(found(asked[-1].seq + 1))
     assert quick.lookup("r", "h", KEYS).states == b"\1\0"

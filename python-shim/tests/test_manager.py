@@ -20,6 +20,7 @@ class FakeClient:
 
     def __init__(self):
         self.alive = True
+        self.life = 1
         self.session = SimpleNamespace(welcome=SimpleNamespace(epoch=5))
         self.sent: list[protocol.Message] = []
         self.lookups: list[list[bytes]] = []
@@ -41,6 +42,15 @@ class FakeClient:
     def send(self, message):
         self.sent.append(message)
         return True
+
+    def check(self):
+        return self.alive
+
+    def retry(self):
+        return self.alive
+
+    def drop(self, why, *, for_good=False):
+        self.alive = False
 
     def close(self):
         self.alive = False

@@ -27,6 +27,7 @@ class Chunk:
     generation: int
     missing: int
     """Ranks that have not committed it."""
+    owner: str = ""
 
     @property
     def ref(self) -> bytes:
@@ -59,15 +60,19 @@ class ToyEngine:
         self.path, self.slots = path, slots
         self.spaces: list[Namespace] = []
         self.heard: list[protocol.Message] = []
-        """Everything the clients sent, hello included, in the order it was handled."""
+        """Everything the clients sent, hello included."""
         self.delay: float = 0.0
         """Seconds to sit on every answer."""
         self.lookup_states: dict[bytes, int] = {}
         """Overrides the state of keys."""
         self.refuse_store = False
+        self.refuse_hello: str | None = None
+        """A code to refuse every hello with."""
+        self.epoch = EPOCH
         self._lock = threading.Lock()
         self._news = threading.Condition(self._lock)
         self._connections: list[socket.socket] = []
+        self._sessions: list[tuple[Hello, socket.socket]] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(path)
         self._listener.listen()
@@ -87,7 +92,35 @@ class ToyEngine:
         assert len(found) >= count, f"only {found} of {count} {kind.__name__}"
         return found
 
+    def cut(self, *kinds: str) -> None:
+        """Ends the sessions of these kinds, of all nodes, from the engine's side."""
+        with self._lock:
+            ended = [session for session in self._sessions if session[0].kind in kinds]
+        for _, connection in ended:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self._wait_until(lambda: not any(session in self._sessions for session in ended))
+
+    def restart(self) -> None:
+        """Comes back empty, in another epoch, as a new process would."""
+        self.cut("scheduler", "worker")
+        with self._lock:
+            spaces, self.spaces = self.spaces, []
+            self.epoch += 1
+        for space in spaces:
+            os.close(space.fd)
+
+    def sessions(self, kind: str) -> int:
+        with self._lock:
+            return sum(hello.kind == kind for hello, _ in self._sessions)
+
+    def _wait_until(self, condition, timeout: float = 20.0) -> None:
+        with self._news:
+            assert self._news.wait_for(condition, timeout)
+
     def close(self) -> None:
+        if self._listener.fileno() < 0:
+            return
         # shutdown() also wakes the threads that wait in accept or recv.
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -100,7 +133,8 @@ class ToyEngine:
             thread.join(20)
         for space in self.spaces:
             os.close(space.fd)
-        os.unlink(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
 
     # -- sessions
 
@@ -117,8 +151,29 @@ class ToyEngine:
             thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
+        try:
+            self._converse(connection)
+        finally:
+            with self._news:
+                self._end_session(connection)
+                self._news.notify_all()
+
+    def _end_session(self, connection: socket.socket) -> None:
+        """Like the engine: what the session's node had not committed is gone, and so are its other sessions."""
+        lost = [hello for hello, other in self._sessions if other is connection]
+        self._sessions = [session for session in self._sessions if session[1] is not connection]
+        for hello in lost:
+            for space in self.spaces:
+                for key, chunk in list(space.chunks.items()):
+                    if chunk.missing and chunk.owner == hello.node:
+                        del space.chunks[key]
+            for other, sibling in self._sessions:
+                if other.node == hello.node:
+                    with contextlib.suppress(OSError):
+                        sibling.shutdown(socket.SHUT_RDWR)
+
+    def _converse(self, connection: socket.socket) -> None:
         inbox = bytearray()
-        space: Namespace | None = None
         hello: Hello | None = None
         with connection:
             while True:
@@ -131,23 +186,34 @@ class ToyEngine:
                 inbox += data
                 while (body := protocol.take_body(inbox)) is not None:
                     message = protocol.decode_ask(body)
+                    answered = isinstance(message, Hello | protocol.Lookup | protocol.Store)
+                    if answered:
+                        self._note(message)
                     if isinstance(message, Hello):
                         hello = message
-                        space = self._welcome(connection, message)
+                        self._welcome(connection, message)
                     else:
-                        self._handle(connection, space or self._space_of(hello), message)
-                    with self._news:
-                        self.heard.append(message)
-                        self._news.notify_all()
+                        self._handle(connection, self._space_of(hello), hello, message)
+                    if not answered:
+                        self._note(message)
+
+    def _note(self, message: protocol.Message) -> None:
+        """Who has an answer, or has seen the effect, finds the message in `heard`."""
+        with self._news:
+            self.heard.append(message)
+            self._news.notify_all()
 
     def _space_of(self, hello: Hello | None) -> Namespace | None:
         with self._lock:
             return next((s for s in self.spaces if hello and s.fields == hello.namespace), None)
 
-    def _welcome(self, connection: socket.socket, hello: Hello) -> Namespace | None:
-        if hello.version != protocol.VERSION:
-            self._send(connection, Refused(code="version", message="other version"))
-            return None
+    def _welcome(self, connection: socket.socket, hello: Hello) -> None:
+        code = "version" if hello.version != protocol.VERSION else self.refuse_hello
+        if code is not None:
+            self._send(connection, Refused(code=code, message="not you"))
+            return
+        with self._lock:
+            self._sessions.append((hello, connection))
         space = self._space_of(hello)
         if space is None and hello.kind == "worker":
             header = -(-4 * self.slots // 4096) * 4096
@@ -164,7 +230,7 @@ class ToyEngine:
             welcome = Welcome(epoch=0, session=1, slots=0, stride=0, rank_offset=0, header_bytes=0, arena_bytes=0)
         else:
             welcome = Welcome(
-                epoch=EPOCH,
+                epoch=self.epoch,
                 session=1,
                 slots=space.slots,
                 stride=space.stride,
@@ -175,14 +241,18 @@ class ToyEngine:
         rights = []
         if hello.kind == "worker" and space is not None:
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [space.fd]))]
-        connection.sendmsg([protocol.frame(welcome)], rights)
-        return space
+        if self.delay:
+            time.sleep(self.delay)
+        with contextlib.suppress(OSError):
+            connection.sendmsg([protocol.frame(welcome)], rights)
 
-    def _handle(self, connection: socket.socket, space: Namespace | None, message: protocol.Message) -> None:
+    def _handle(
+        self, connection: socket.socket, space: Namespace | None, hello: Hello | None, message: protocol.Message
+    ) -> None:
         if isinstance(message, protocol.Lookup):
             self._send(connection, self._lookup(space, message))
         elif isinstance(message, protocol.Store):
-            self._send(connection, self._store(space, message))
+            self._send(connection, self._store(space, hello.node if hello else "", message))
         elif isinstance(message, protocol.Commit) and space is not None:
             with self._lock:
                 named = {chunk.ref: chunk for chunk in space.chunks.values()}
@@ -201,7 +271,7 @@ class ToyEngine:
                 refs += chunk.ref if chunk is not None and state == protocol.HIT else bytes(8)
         return Found(seq=message.seq, states=bytes(states), refs=bytes(refs))
 
-    def _store(self, space: Namespace | None, message: protocol.Store) -> Granted:
+    def _store(self, space: Namespace | None, owner: str, message: protocol.Store) -> Granted:
         new, refs = [], b""
         if space is None or self.refuse_store:
             return Granted(seq=message.seq, ok=False, new=b"", refs=b"")
@@ -211,7 +281,7 @@ class ToyEngine:
                     continue
                 slot = space.free.pop(0)
                 space.generations[slot] += 1
-                space.chunks[key] = Chunk(slot, int(space.generations[slot]), space.world)
+                space.chunks[key] = Chunk(slot, int(space.generations[slot]), space.world, owner)
                 new.append(index)
                 refs += space.chunks[key].ref
         return Granted(seq=message.seq, ok=True, new=np.array(new, dtype="<u4").tobytes(), refs=refs)

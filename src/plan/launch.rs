@@ -114,6 +114,9 @@ impl Launch<'_> {
             set("PEGAFLOW_KV_SOCKET", socket.into_owned());
             set("PEGAFLOW_KV_TOKEN", inputs.kv_token.clone());
             set("PEGAFLOW_WEIGHTS_ID", inputs.model.identity.clone());
+            if topology.kv.save_decoded {
+                set("PEGAFLOW_KV_SAVE_DECODED", "1".to_owned());
+            }
         }
         env
     }

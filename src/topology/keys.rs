@@ -43,6 +43,7 @@ pub(super) const KV: Known = Known {
         "hugepages",
         "numa",
         "handoff_deadline",
+        "save_decoded",
         "allow_unproven_models",
         "canary_logprob_tolerance",
     ],

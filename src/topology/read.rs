@@ -185,6 +185,7 @@ fn kv(top: &mut Section<'_, '_, '_, '_>, device: Device) -> KvSettings {
             .unwrap_or(HugepageRequest::Auto),
         numa: section.get("numa", numa).unwrap_or(NumaRequest::Auto),
         handoff_deadline: section.seconds("handoff_deadline", 60),
+        save_decoded: section.get("save_decoded", boolean).unwrap_or(false),
         allow_unproven_models: section
             .get("allow_unproven_models", boolean)
             .unwrap_or(false),

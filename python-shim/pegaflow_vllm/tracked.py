@@ -1,0 +1,64 @@
+"""What the manager knows of a request that takes part in a hand-off."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from pegaflow_vllm.guard import report
+
+
+class Leg(Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class Handoff:
+    id: str
+    leg: Leg
+
+    @classmethod
+    def of(cls, kv_transfer_params: Any) -> "Handoff | None":
+        """The hand-off that a request's kv_transfer_params mark it for; None for all other requests."""
+        mark = kv_transfer_params.get("pegaflow") if isinstance(kv_transfer_params, dict) else None
+        if not isinstance(mark, dict):
+            return None
+        handoff, leg = mark.get("handoff"), mark.get("leg")
+        if not isinstance(handoff, str) or not handoff or leg not in ("prefill", "decode"):
+            report("mark", "ignoring malformed kv_transfer_params.pegaflow %r", mark)
+            return None
+        return cls(handoff, Leg(leg))
+
+
+@dataclass
+class Reply:
+    """The engine's answer for all keys of a prompt; its hits are leased to the request."""
+
+    states: dict[bytes, int]
+    refs: dict[bytes, bytes]
+    at: float
+
+
+@dataclass
+class Tracked:
+    """A request that takes part in a hand-off."""
+
+    id: str
+    handoff: Handoff
+    prompt_tokens: int
+    reply: Reply | None = None
+    asked: bool = False
+    """`reply` belongs to the current attempt."""
+    pending_until: float | None = None
+    loading: bool = False
+    load_failed: bool = False
+    recomputed: bool = False
+    """Parts of the prompt were not in the store when it was asked."""
+    storing: bool = field(init=False)
+    """More chunks may be offered to the hand-off; ends with the seal, a refusal or an abort."""
+    saving: bool = False
+    """Chunks without a hand-off may be offered; ends with a refusal."""
+    finished: bool = False
+
+    def __post_init__(self) -> None:
+        self.storing = self.handoff.leg is Leg.PREFILL
