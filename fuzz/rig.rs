@@ -77,6 +77,7 @@ impl Rig {
             token: "secret".into(),
             capacity: 4096 + SLOTS * ROW as u64,
             handoff_deadline: Duration::from_millis(200),
+            arena: pegaflow::plan::ArenaPlan::default(),
         };
         let board = HandoffBoard::default();
         let engine = Engine::start(config, board, &mut Registry::default()).unwrap();

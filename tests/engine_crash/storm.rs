@@ -82,6 +82,7 @@ impl Storm {
             token: TOKEN.into(),
             capacity: 4096 + u64::from(SLOTS) * ROW_BYTES * u64::from(plan.world),
             handoff_deadline: HANDOFF_DEADLINE,
+            arena: pegaflow::plan::ArenaPlan::default(),
         };
         let engine = Engine::start(config, board.clone(), &mut Registry::default()).unwrap();
         Self {
