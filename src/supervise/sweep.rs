@@ -2,7 +2,8 @@
 //!
 //! pegaflow is a subreaper, so the orphans of a dead guard become its own children. They are told
 //! from what pegaflow itself started by two marks: a guard is registered here, and anything else
-//! that pegaflow starts stays in pegaflow's session, while a guard's tree has left it for good.
+//! that pegaflow starts beside its nodes stays in pegaflow's session, while a guard's tree has left it
+//! for good. (The guards of installs and downloads have ended before the first node starts.)
 
 use std::collections::BTreeSet;
 use std::io;

@@ -67,3 +67,27 @@ async fn a_second_up_says_what_runs() {
     );
     up.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_first_signal_lets_running_requests_finish_and_takes_no_new_ones() {
+    let site = Site::new();
+    let topology = support::topology(site.port);
+    site.topology(&topology.replace("drain_timeout = \"2s\"", "drain_timeout = \"60s\""));
+    let mut up = site.up_ready().await;
+    site.script(r#"{"itl_ms": 50}"#);
+    let (url, body) = (up.url(), streamed(completion(1, 64, 40)));
+    let request = tokio::spawn(async move { generate(&url, &body).await });
+    wait_until(
+        async || up.node_metric("decode", "vllm:num_requests_running").await > 0.0,
+        "decode runs the request",
+    )
+    .await;
+    up.signal(Signal::SIGTERM);
+    up.wait_for_log("once more to force").await;
+    let late = generate(&up.url(), &completion(2, 64, 4)).await;
+    assert!(matches!(late.ending, Ending::Refused(_)), "{late:?}");
+    let answer = request.await.unwrap();
+    assert_eq!((answer.ending, answer.tokens), (Ending::Complete, 40));
+    assert_eq!(up.wait(HANG).await.code(), Some(0));
+    site.assert_nothing_left(Duration::from_secs(1)).await;
+}

@@ -69,21 +69,48 @@ async fn a_hanging_request_is_retried_after_its_timeout() {
     fault_is_retried(json!({"kind": "hang", "next": 1})).await;
 }
 
+/// With only prefill or only decode left.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_crash_loop_is_visible_and_the_rest_serves() {
+async fn a_crash_loop_is_visible_and_the_rest_serves_degraded() {
+    for node in ["prefill", "decode"] {
+        let site = Site::new();
+        let mut up = site.up_ready().await;
+        let body = completion(1, 100, 8);
+        let whole = up.whole("decode", &body).await;
+        site.script(&json!({"nodes": {node: {"crash_start": true}}}).to_string());
+        let pid = u32::try_from(up.node(node).await["pid"].as_u64().unwrap()).unwrap();
+        send(pid, Signal::SIGKILL);
+        let view = up
+            .wait_for_node(node, |view| view["phase"] == "crash_loop")
+            .await;
+        assert!(view["reason"].is_string(), "{view}");
+        up.wait_for_log("degraded: ").await;
+        let health = up.get("/health").await;
+        assert!(health.contains("degraded"), "{health}");
+        let answer = up.generate(&body).await;
+        assert_eq!((answer.ending, answer.text), (Ending::Complete, whole.text));
+        up.stop().await;
+    }
+}
+
+/// The canary runs again after every restart: a decode node that now loads wrongly gets no KV.
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_kv_after_a_restart_is_not_served() {
     let site = Site::new();
-    let up = site.up_ready().await;
+    let mut up = site.up_ready().await;
     let body = completion(1, 100, 8);
     let whole = up.whole("decode", &body).await;
-    site.script(r#"{"nodes": {"prefill": {"crash_start": true}}}"#);
-    let pid = u32::try_from(up.node("prefill").await["pid"].as_u64().unwrap()).unwrap();
+    site.script(r#"{"nodes": {"decode": {"corrupt_kv": true}}}"#);
+    let pid = u32::try_from(up.node("decode").await["pid"].as_u64().unwrap()).unwrap();
     send(pid, Signal::SIGKILL);
-    let view = up
-        .wait_for_node("prefill", |view| view["phase"] == "crash_loop")
-        .await;
-    assert!(view["reason"].is_string(), "{view}");
-    let answer = up.generate(&body).await;
-    assert_eq!((answer.ending, answer.text), (Ending::Complete, whole.text));
+    up.wait_for_log("give different answers").await;
+    for seed in [1, 2] {
+        let body = completion(seed, 100, 8);
+        let answer = up.generate(&body).await;
+        assert_eq!(answer.ending, Ending::Complete);
+        assert!(seed != 1 || answer.text == whole.text, "{answer:?}");
+    }
+    assert!(!is_proven(&up.node("decode").await));
     up.stop().await;
 }
 

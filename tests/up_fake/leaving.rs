@@ -20,6 +20,11 @@ fn site() -> Site {
         "[kv]\nhandoff_deadline = \"{}s\"",
         HANDOFF_DEADLINE.as_secs()
     );
+    // Nothing but the client's leave ends a request.
+    let topology = topology.replace(
+        "first_byte_timeout = \"10s\"",
+        "first_byte_timeout = \"5m\"",
+    );
     site.topology(&topology.replace("[kv]", &deadline));
     site
 }

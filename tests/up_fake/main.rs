@@ -12,10 +12,12 @@ mod ending;
 mod fake_nvml;
 mod faults;
 mod gpu;
+mod helpers;
 mod interrupted;
 mod kills;
 mod leaving;
 mod serving;
+mod starting;
 #[path = "../support/mod.rs"]
 mod support;
 
