@@ -19,6 +19,7 @@ use pegaflow::engine::client::{Client, Query};
 use pegaflow::engine::protocol::{ClientMessage as M, Commit, RequestName, SessionKind, SlotRef};
 use pegaflow::engine::{Engine, EngineConfig};
 use pegaflow::handoff::{HandoffBoard, HandoffFailure, HandoffOutcome, HandoffState};
+use pegaflow::plan::ArenaPlan;
 use prometheus_client::registry::Registry;
 
 use crate::node::Node;
@@ -81,6 +82,7 @@ impl Storm {
             socket_path: socket.clone(),
             token: TOKEN.into(),
             capacity: 4096 + u64::from(SLOTS) * ROW_BYTES * u64::from(plan.world),
+            arena: ArenaPlan::default(),
             handoff_deadline: HANDOFF_DEADLINE,
         };
         let engine = Engine::start(config, board.clone(), &mut Registry::default()).unwrap();
