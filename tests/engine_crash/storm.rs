@@ -27,7 +27,7 @@ use crate::spec::{self, Event, Point, ROW_BYTES, Rng, Role, Spec, TOKEN};
 
 pub const LIMIT: Duration = Duration::from_secs(60);
 /// Few, so that nearly every store evicts.
-pub const SLOTS: u32 = 36;
+pub const SLOTS: u32 = 24;
 /// A fired hand-off is held for so long.
 const HANDOFF_DEADLINE: Duration = Duration::from_millis(200);
 
