@@ -18,6 +18,7 @@ use pegaflow::engine::protocol::{
 };
 use pegaflow::engine::{Engine, EngineConfig};
 use pegaflow::handoff::HandoffBoard;
+use pegaflow::plan::ArenaPlan;
 use prometheus_client::registry::Registry;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -76,6 +77,7 @@ impl Rig {
             socket_path: socket.clone(),
             token: "secret".into(),
             capacity: 4096 + SLOTS * ROW as u64,
+            arena: ArenaPlan::default(),
             handoff_deadline: Duration::from_millis(200),
             arena: pegaflow::plan::ArenaPlan::default(),
         };

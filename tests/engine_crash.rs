@@ -43,10 +43,12 @@ fn storm(world: u32, kills: u64) {
         gone: Gone::Reaped,
         lives: LIVES,
     });
-    let mut killed = 0;
-    while killed < kills {
+    let (mut killed, mut verified) = (0, 0);
+    // On a slow machine less happens in a life; a storm in which little happened proves little.
+    while killed < kills || verified < 2 * kills && killed < 5 * kills {
         killed += storm.round();
         let tally = storm.tally();
+        verified = tally.verified;
         assert_eq!(tally.wrong, [], "seed {seed}");
         storm.assert_nothing_is_left();
         storm.fill_the_arena();
@@ -61,12 +63,8 @@ fn storm(world: u32, kills: u64) {
         stats.counters.handoffs_fired,
         stats.counters.handoffs_failed,
     );
-    // A storm in which nothing happened proves nothing.
-    assert!(
-        killed >= kills && tally.verified > killed && tally.committed > killed,
-        "{tally:?}"
-    );
-    assert!(stats.evictions > killed, "no pressure: {stats:?}");
+    assert!(verified > kills && tally.committed > kills, "{tally:?}");
+    assert!(stats.evictions > kills, "no pressure: {stats:?}");
     assert!(stats.counters.handoffs_fired > 0, "{stats:?}");
     assert!(tally.orphans > 0 && tally.reconnects > 0, "{tally:?}");
     if killed >= 50 * NODES {

@@ -149,7 +149,12 @@ impl Scheduler {
     fn request(&mut self) -> (String, Vec<u64>) {
         self.requests += 1;
         let chunks = 1 + self.rng.below(MAX_CHUNKS);
-        let ids = prompt(self.rng.below(PROMPTS), chunks);
+        // Some prompts are asked for more often.
+        let number = match self.rng.below(2) {
+            0 => self.rng.below(PROMPTS),
+            _ => self.rng.below(PROMPTS / 8),
+        };
+        let ids = prompt(number, chunks);
         (format!("r{}", self.requests), ids)
     }
 

@@ -86,9 +86,11 @@ impl Worker {
         if self.link.hung_up() && !self.rng.one_in(8) {
             self.process.report.say(&Event::Orphaned);
             loop {
+                self.check_still_ours(chunks);
                 self.copy_in(chunks);
             }
         }
+        self.check_still_ours(chunks);
         if self.rng.one_in(20) {
             return self.discard(chunks);
         }
@@ -119,7 +121,37 @@ impl Worker {
         }
     }
 
+    /// Until this rank commits, discards or is dead, nobody else may write there.
+    fn check_still_ours(&mut self, chunks: &[Chunk]) {
+        for chunk in chunks {
+            let words = row(chunk, self.rank, self.process.spec.seed);
+            let found = self.arena.row(chunk.slot).iter().zip(&words);
+            let foreign = found.filter(|(found, ours)| found.load(Ordering::Relaxed) != **ours);
+            let foreign = foreign.count();
+            if foreign > 0 {
+                let what = format!("{foreign} words of a slot that is being written: {chunk:?}");
+                let node = self.process.spec.node.clone();
+                self.process.report.say(&Event::Corrupt { node, what });
+            }
+        }
+    }
+
     fn load(&mut self, chunks: &[Chunk], usable: bool, leased: bool) {
+        let mut loaded = self.load_once(chunks, usable, leased);
+        while loaded && leased && self.link.hung_up() {
+            // A slow load, which goes on although its scheduler is dead.
+            loaded = self.load_once(chunks, usable, leased);
+        }
+        let count = u32::try_from(chunks.len()).unwrap();
+        self.tell(&M::Loaded(Loaded {
+            chunks: if loaded { count } else { 0 },
+            bytes: ROW_BYTES * chunks.len() as u64,
+            micros: 1,
+            failed: if loaded { 0 } else { count },
+        }));
+    }
+
+    fn load_once(&mut self, chunks: &[Chunk], usable: bool, leased: bool) -> bool {
         let mut rows = Vec::new();
         if usable {
             for chunk in chunks {
@@ -141,13 +173,7 @@ impl Worker {
             let node = self.process.spec.node.clone();
             self.process.report.say(&Event::Overtaken { node, leased });
         }
-        let count = u32::try_from(chunks.len()).unwrap();
-        self.tell(&M::Loaded(Loaded {
-            chunks: if loaded { count } else { 0 },
-            bytes: ROW_BYTES * rows.len() as u64,
-            micros: 1,
-            failed: if loaded { 0 } else { count },
-        }));
+        loaded
     }
 
     fn check(&mut self, chunks: &[Chunk], rows: &[Vec<u64>]) {

@@ -145,8 +145,10 @@ impl<'a> Node<'a> {
         Fault {
             victim,
             stop: point.map(|point| Stop { point, passes }),
-            delay: Duration::from_micros(2000 + rng.below(150_000)),
-            linger: Duration::from_millis([0, 20, 60, 120][usize::try_from(rng.below(4)).unwrap()]),
+            delay: Duration::from_micros(5000 + rng.below(200_000)),
+            linger: Duration::from_millis(
+                [0, 50, 150, 300][usize::try_from(rng.below(4)).unwrap()],
+            ),
         }
     }
 

@@ -19,6 +19,7 @@ use pegaflow::engine::client::{Client, Query};
 use pegaflow::engine::protocol::{ClientMessage as M, Commit, RequestName, SessionKind, SlotRef};
 use pegaflow::engine::{Engine, EngineConfig};
 use pegaflow::handoff::{HandoffBoard, HandoffFailure, HandoffOutcome, HandoffState};
+use pegaflow::plan::ArenaPlan;
 use prometheus_client::registry::Registry;
 
 use crate::node::Node;
@@ -26,7 +27,7 @@ use crate::spec::{self, Event, Point, ROW_BYTES, Rng, Role, Spec, TOKEN};
 
 pub const LIMIT: Duration = Duration::from_secs(60);
 /// Few, so that nearly every store evicts.
-pub const SLOTS: u32 = 36;
+pub const SLOTS: u32 = 24;
 /// A fired hand-off is held for so long.
 const HANDOFF_DEADLINE: Duration = Duration::from_millis(200);
 
@@ -81,6 +82,7 @@ impl Storm {
             socket_path: socket.clone(),
             token: TOKEN.into(),
             capacity: 4096 + u64::from(SLOTS) * ROW_BYTES * u64::from(plan.world),
+            arena: ArenaPlan::default(),
             handoff_deadline: HANDOFF_DEADLINE,
             arena: pegaflow::plan::ArenaPlan::default(),
         };
