@@ -68,14 +68,17 @@ unsafe fn each_page(plan: &Plan, visit: impl Fn(*mut u8, *mut u8, usize)) {
 #[cfg(target_arch = "x86_64")]
 mod streaming {
     use core::arch::x86_64::{
-        __m128i, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm_sfence, _mm_stream_si128,
+        __m128i, _MM_HINT_T0, _mm_loadu_si128, _mm_prefetch, _mm_setzero_si128, _mm_sfence,
+        _mm_stream_si128,
     };
     use core::ptr;
 
     const LINE: usize = 64;
-    /// A page of memory: beyond it, the processor does not fetch ahead by itself.
+    /// A page of memory. Beyond it the processor does not fetch ahead by itself; and a load waits
+    /// for an earlier store whose address is the same within its page.
     const MEMORY: usize = 4096;
     const APART: usize = 4;
+    const AHEAD: usize = 8;
 
     /// Makes what was streamed visible before whatever is written next.
     pub fn finish() {
@@ -83,46 +86,58 @@ mod streaming {
         unsafe { _mm_sfence() };
     }
 
+    /// # Safety
+    /// `size` bytes of both, which do not overlap.
     pub unsafe fn copy(from: *const u8, to: *mut u8, size: usize) {
         let head = to.align_offset(LINE).min(size);
+        // Towards the end that no store has come near to (within a page): a large tensor begins 64
+        // bytes into a page and the arena's rows at the start of one, and each line's load would
+        // wait for the store of the line before it.
+        let ahead = (to as usize).wrapping_sub(from as usize) % MEMORY;
+        let backward = 0 < ahead && ahead < MEMORY / 2;
+        let order = |step: usize, steps: usize| if backward { steps - 1 - step } else { step };
         // SAFETY: every access below stays within `size` bytes of both; lines are aligned in `to`.
         unsafe {
             ptr::copy_nonoverlapping(from, to, head);
             let mut done = head;
             while size - done >= APART * MEMORY {
-                for at in (0..MEMORY).step_by(LINE) {
-                    for part in 0..APART {
-                        let at = done + part * MEMORY + at;
-                        _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(at + 8 * LINE).cast());
-                        line(from.add(at), to.add(at));
-                    }
+                for step in 0..MEMORY / LINE {
+                    let at = done + LINE * order(step, MEMORY / LINE);
+                    lines(from.add(at), to.add(at), MEMORY, backward);
                 }
                 done += APART * MEMORY;
             }
-            while size - done >= LINE {
-                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(done + 16 * LINE).cast());
-                line(from.add(done), to.add(done));
-                done += LINE;
+            let groups = (size - done) / (APART * LINE);
+            for step in 0..groups {
+                let at = done + APART * LINE * order(step, groups);
+                lines(from.add(at), to.add(at), LINE, backward);
             }
+            done += groups * APART * LINE;
             ptr::copy_nonoverlapping(from.add(done), to.add(done), size - done);
         }
     }
 
+    /// Four lines that lie `apart`: all loads, then all stores.
     #[inline(always)]
-    unsafe fn line(from: *const u8, to: *mut u8) {
-        let (from, to) = (from.cast::<__m128i>(), to.cast::<__m128i>());
-        // SAFETY: 64 bytes of both, as the caller promises.
+    unsafe fn lines(from: *const u8, to: *mut u8, apart: usize, backward: bool) {
+        let step = AHEAD * LINE;
+        let soon = if backward {
+            from.wrapping_sub(step)
+        } else {
+            from.wrapping_add(step)
+        };
+        // SAFETY: four times 64 bytes of both, as the caller promises.
         unsafe {
-            let words = [
-                _mm_loadu_si128(from),
-                _mm_loadu_si128(from.add(1)),
-                _mm_loadu_si128(from.add(2)),
-                _mm_loadu_si128(from.add(3)),
-            ];
-            _mm_stream_si128(to, words[0]);
-            _mm_stream_si128(to.add(1), words[1]);
-            _mm_stream_si128(to.add(2), words[2]);
-            _mm_stream_si128(to.add(3), words[3]);
+            let mut words: [__m128i; 4 * APART] = [_mm_setzero_si128(); 4 * APART];
+            for (at, word) in words.iter_mut().enumerate() {
+                *word = _mm_loadu_si128(from.add(at / 4 * apart).cast::<__m128i>().add(at % 4));
+            }
+            for part in 0..APART {
+                _mm_prefetch::<_MM_HINT_T0>(soon.wrapping_add(part * apart).cast());
+            }
+            for (at, word) in words.iter().enumerate() {
+                _mm_stream_si128(to.add(at / 4 * apart).cast::<__m128i>().add(at % 4), *word);
+            }
         }
     }
 }

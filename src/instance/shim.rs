@@ -46,3 +46,19 @@ fn unpack_dir(dir: &Dir<'_>, target: &Path) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_packages_come_with_their_native_copy_and_without_its_source() {
+        let dir = tempfile::tempdir().unwrap();
+        unpack(dir.path()).unwrap();
+        let package = dir.path().join("pegaflow_vllm");
+        assert!(package.join("copy.py").exists());
+        let library = fs::read(package.join("pegaflow_copy.so")).unwrap();
+        assert!(library.starts_with(b"\x7fELF"));
+        assert!(!dir.path().join("native").exists());
+    }
+}
