@@ -1,10 +1,36 @@
-"""The copies between the pages of a KV cache and the rows of the arena."""
+"""The copies between the pages of a KV cache and the rows of the arena.
 
+    cache in host memory -- pegaflow_copy.so is there --> one native call for all pages of all blocks
+                         \\- it is not, or will not load -> NumPy, a stretch of neighbouring blocks at a time
+    cache on a device ----------------------------------> torch, layer by layer
+
+pegaflow puts the library (native/copy.rs) beside this file. It changes how fast a copy is, nothing else.
+"""
+
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+
+from pegaflow_vllm.guard import report
+
+LIBRARY = Path(__file__).with_name("pegaflow_copy.so")
+
+# struct Lane of native/copy.rs.
+_LANE = np.dtype([(name, np.uintp) for name in ("cache", "cache_stride", "arena", "arena_stride", "size")])
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = (
+        ("lanes", ctypes.c_void_p),
+        ("lanes_len", ctypes.c_size_t),
+        ("blocks", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("count", ctypes.c_size_t),
+    )
 
 
 @dataclass(frozen=True)
@@ -20,16 +46,79 @@ class Page:
         return slice(self.start, self.start + self.size)
 
 
+def load_library(path: Path) -> ctypes.CDLL | None:
+    """The native copy; None (and logged) where there is none for this machine."""
+    try:
+        library = ctypes.CDLL(str(path))
+        for function in (library.pegaflow_save, library.pegaflow_load):
+            function.argtypes = (ctypes.POINTER(_Plan),)
+            function.restype = None
+    except (OSError, AttributeError) as error:
+        report("native", "copying with NumPy, which is slower: %s", error)
+        return None
+    return library
+
+
+native = load_library(LIBRARY) if LIBRARY.exists() else None
+
+
 def save_rows(pages: Sequence[Page], blocks: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
     """Copies each of `blocks`, all pages of it, into the row that stands at its place in `slots`."""
+    if not pages or not len(blocks):
+        return
+    if native is not None and _in_host_memory(pages):
+        _copy_natively(native.pegaflow_save, pages, blocks, rows, slots)
+        return
     for page in pages:
         _copy_to_rows(page, blocks, rows, slots)
 
 
 def load_rows(pages: Sequence[Page], blocks: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
     """The way back."""
+    if not pages or not len(blocks):
+        return
+    if native is not None and _in_host_memory(pages):
+        _copy_natively(native.pegaflow_load, pages, blocks, rows, slots)
+        return
     for page in pages:
         _copy_from_rows(page, blocks, rows, slots)
+
+
+def _in_host_memory(pages: Sequence[Page]) -> bool:
+    return all(page.tensor.device.type == "cpu" for page in pages)
+
+
+def _copy_natively(function, pages: Sequence[Page], blocks: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
+    blocks, slots = np.ascontiguousarray(blocks, np.int64), np.ascontiguousarray(slots, np.int64)
+    _check(pages, blocks, rows, slots)
+    lanes = np.empty(len(pages), _LANE)
+    for lane, page in enumerate(pages):
+        cache = page.tensor
+        lanes[lane] = (cache.data_ptr(), cache.stride(0), rows.ctypes.data + page.start, rows.strides[0], page.size)
+    plan = _Plan(lanes.ctypes.data, len(lanes), blocks.ctypes.data, slots.ctypes.data, len(blocks))
+    function(plan)
+
+
+def _check(pages: Sequence[Page], blocks: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
+    """What the native copy relies on; it looks at nothing itself."""
+    places, width = rows.shape
+    if blocks.shape != slots.shape or blocks.ndim != 1:
+        raise IndexError(f"{blocks.shape} blocks do not match {slots.shape} slots")
+    if int(slots.min()) < 0 or int(slots.max()) >= places:
+        raise IndexError(f"slots {slots.min()}..{slots.max()} are not all among {places}")
+    if rows.dtype != np.int8 or rows.strides[1] != 1:
+        raise ValueError(f"rows of {rows.dtype} with strides {rows.strides} are not bytes side by side")
+    first, last = int(blocks.min()), int(blocks.max())
+    for page in pages:
+        tensor = page.tensor
+        if first < 0 or last >= tensor.shape[0]:
+            raise IndexError(f"blocks {first}..{last} are not all among {tensor.shape[0]}")
+        if tensor.element_size() != 1 or tensor.stride(1) != 1 or page.size > tensor.shape[1]:
+            raise ValueError(
+                f"a cache of {tuple(tensor.shape)} {tensor.dtype} does not hold pages of {page.size} bytes"
+            )
+        if page.start < 0 or page.start + page.size > width:
+            raise IndexError(f"page {page.start}+{page.size} does not fit into a row of {width} bytes")
 
 
 def _runs(blocks: np.ndarray, slots: np.ndarray) -> list[tuple[int, int, int]]:

@@ -1,10 +1,13 @@
+import ctypes
+import runpy
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from pegaflow_vllm import guard
+from pegaflow_vllm import copy, guard
 from pegaflow_vllm.client import Client
 from pegaflow_vllm.protocol import VERSION, Hello
 from toy_engine import ToyEngine
@@ -24,6 +27,15 @@ def hello(kind: str = "scheduler", **changes) -> Hello:
         "pid": 1,
     }
     return Hello(**{**fields, **changes})
+
+
+@pytest.fixture(scope="session")
+def native_copy() -> ctypes.CDLL:
+    """The library that pegaflow puts beside the shim, built from the same file."""
+    native = Path(__file__).parent.parent / "native"
+    library = copy.load_library(Path(runpy.run_path(str(native / "build.py"))["build"]()))
+    assert library is not None
+    return library
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from vllm.v1.kv_offload.base import (
 )
 
 from conftest import hello
-from pegaflow_vllm import protocol
+from pegaflow_vllm import copy, protocol
 from pegaflow_vllm.client import Client
 from pegaflow_vllm.manager import ChunkSpec
 from pegaflow_vllm.protocol import Commit, Discard, Loaded
@@ -48,6 +48,13 @@ def chunks(engine, slots: list[int], generation: int = 1, epoch: int = EPOCH) ->
     return ChunkSpec(epoch, refs)
 
 
+@pytest.fixture(autouse=True, params=["native", "numpy"])
+def how(request, native_copy, monkeypatch):
+    """Every test holds for both ways of copying."""
+    monkeypatch.setattr(copy, "native", native_copy if request.param == "native" else None)
+    return request.param
+
+
 @pytest.fixture
 def worker_over(engine):
     """Makes a worker, connected as one rank, over KV tensors per group."""
@@ -82,8 +89,8 @@ def test_what_was_stored_is_loaded_bit_exact(engine, worker_over, source, slots,
         layer.zero_()
     target = [(block + 1) % BLOCKS for block in source]
     assert worker.submit_load(2, chunks(engine, slots), blocks(target))
-    for layer, copy in zip(layers, kept, strict=True):
-        assert torch.equal(layer[target], copy[source])
+    for layer, stored in zip(layers, kept, strict=True):
+        assert torch.equal(layer[target], stored[source])
         others = [block for block in range(BLOCKS) if block not in target]
         assert not layer[others].any()
     assert not worker.take_failures().jobs
@@ -104,8 +111,8 @@ def test_groups_of_unlike_width_share_the_arena(engine, worker_over):
         tensor.zero_()
     # Another request: only the last two chunks of the second group and the first of the first.
     worker.submit_load(2, chunks(engine, [0, 3, 4]), blocks([7], [8, 9]))
-    for tensor, copy in zip(wide, kept, strict=False):
-        assert torch.equal(tensor[7], copy[1])
+    for tensor, stored in zip(wide, kept, strict=False):
+        assert torch.equal(tensor[7], stored[1])
     assert torch.equal(narrow[0][[8, 9]], kept[2][[0, 3]])
     worker.submit_load(3, chunks(engine, [2]), blocks([], [4]))
     assert torch.equal(narrow[0][4], kept[2][5])

@@ -9,6 +9,9 @@ use include_dir::{Dir, DirEntry, include_dir};
 
 static SHIM: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/python-shim");
 
+/// The shim's native copy, from `build.rs`; empty where the target has no shared libraries.
+static COPY: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/pegaflow_copy.so"));
+
 /// Writes the packages (not their tests, nor what tools left between the sources).
 pub(super) fn unpack(target: &Path) -> io::Result<()> {
     fs::create_dir_all(target)?;
@@ -20,6 +23,9 @@ pub(super) fn unpack(target: &Path) -> io::Result<()> {
         if is_package {
             unpack_dir(package, target)?;
         }
+    }
+    if !COPY.is_empty() {
+        fs::write(target.join("pegaflow_vllm/pegaflow_copy.so"), COPY)?;
     }
     Ok(())
 }
@@ -39,4 +45,20 @@ fn unpack_dir(dir: &Dir<'_>, target: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_packages_come_with_their_native_copy_and_without_its_source() {
+        let dir = tempfile::tempdir().unwrap();
+        unpack(dir.path()).unwrap();
+        let package = dir.path().join("pegaflow_vllm");
+        assert!(package.join("copy.py").exists());
+        let library = fs::read(package.join("pegaflow_copy.so")).unwrap();
+        assert!(library.starts_with(b"\x7fELF"));
+        assert!(!dir.path().join("native").exists());
+    }
 }
