@@ -224,3 +224,11 @@ def test_a_refused_save_is_not_offered_again(engine, make):
     engine.wait_for(Finish, 2)
     assert len(engine.of(Store)) == 2
     assert len(engine.of(Commit)) == 1
+
+
+def test_a_prompt_in_the_nodes_own_cache_is_not_offered_again(engine, make, expected):
+    p, d = make("p0", SAVE_DECODED="1"), make("d0", SAVE_DECODED="1")
+    assert hand_off(p, d, engine, PROMPT, "h1") == expected(PROMPT)
+    assert d.ask("again", PROMPT, 4, handoff="h2", leg="decode") == expected(PROMPT)
+    engine.wait_for(Finish, 3)
+    assert [message.handoff for message in engine.of(Store)] == ["h1"]

@@ -160,17 +160,16 @@ class ToyEngine:
 
     def _end_session(self, connection: socket.socket) -> None:
         """Like the engine: what the session's node had not committed is gone, and so are its other sessions."""
-        lost = [hello for hello, other in self._sessions if other is connection]
-        self._sessions = [session for session in self._sessions if session[1] is not connection]
-        for hello in lost:
-            for space in self.spaces:
-                for key, chunk in list(space.chunks.items()):
-                    if chunk.missing and chunk.owner == hello.node:
-                        del space.chunks[key]
-            for other, sibling in self._sessions:
-                if other.node == hello.node:
-                    with contextlib.suppress(OSError):
-                        sibling.shutdown(socket.SHUT_RDWR)
+        node = next((hello.node for hello, other in self._sessions if other is connection), None)
+        for space in self.spaces:
+            for key, chunk in list(space.chunks.items()):
+                if chunk.missing and chunk.owner == node:
+                    del space.chunks[key]
+        for hello, sibling in self._sessions:
+            if hello.node == node:
+                with contextlib.suppress(OSError):
+                    sibling.shutdown(socket.SHUT_RDWR)
+        self._sessions = [session for session in self._sessions if session[0].node != node]
 
     def _converse(self, connection: socket.socket) -> None:
         inbox = bytearray()
@@ -212,8 +211,13 @@ class ToyEngine:
         if code is not None:
             self._send(connection, Refused(code=code, message="not you"))
             return
-        with self._lock:
+        with self._news:
+            same = (hello.node, hello.kind, hello.rank)
+            for other, earlier in list(self._sessions):
+                if (other.node, other.kind, other.rank) == same:
+                    self._end_session(earlier)
             self._sessions.append((hello, connection))
+            self._news.notify_all()
         space = self._space_of(hello)
         if space is None and hello.kind == "worker":
             header = -(-4 * self.slots // 4096) * 4096
