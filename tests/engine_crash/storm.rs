@@ -84,7 +84,6 @@ impl Storm {
             capacity: 4096 + u64::from(SLOTS) * ROW_BYTES * u64::from(plan.world),
             arena: ArenaPlan::default(),
             handoff_deadline: HANDOFF_DEADLINE,
-            arena: pegaflow::plan::ArenaPlan::default(),
         };
         let engine = Engine::start(config, board.clone(), &mut Registry::default()).unwrap();
         Self {
