@@ -18,4 +18,13 @@ bench:
 # The property tests with many more cases, then the fault tests on the fake vLLM, round after round.
 soak rounds="20":
     PROPTEST_CASES=20000 cargo test --locked --lib
+    cargo test --locked --test engine_crash -- --ignored --nocapture
     for round in $(seq {{rounds}}); do echo "round $round"; cargo test --locked --test up_fake --test supervise_guard --test supervise_run || exit 1; done
+
+# Coverage-guided fuzzing of the store's socket (needs a C++ compiler).
+fuzz seconds="300":
+    fuzz/run.sh {{seconds}}
+
+# The pure parts of the store under Miri (needs a nightly toolchain with the miri component).
+miri:
+    PROPTEST_CASES=4 MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --lib -- engine::index engine::handoffs engine::store engine::protocol

@@ -29,6 +29,8 @@ const ROW: usize = 512;
 const SLOTS: u64 = 16;
 /// Chunks of the well-behaved node, which holds a lease on them all the time.
 const KEPT: u8 = 4;
+/// What others can have.
+pub const FREE_SLOTS: usize = SLOTS as usize - KEPT as usize;
 const KEY_LEN: u32 = 12;
 
 pub struct Rig {
@@ -42,7 +44,7 @@ pub struct Rig {
     _dir: tempfile::TempDir,
 }
 
-fn hello(node: &str, kind: SessionKind) -> Hello {
+pub fn hello(node: &str, kind: SessionKind) -> Hello {
     Hello {
         version: 1,
         token: "secret".into(),
@@ -65,7 +67,7 @@ pub fn hostile_hello(kind: SessionKind) -> Hello {
     hello("hostile", kind)
 }
 
-fn key(n: u8) -> Vec<u8> {
+pub fn key(n: u8) -> Vec<u8> {
     [[n; 8].as_slice(), &[0; 4]].concat()
 }
 
@@ -172,7 +174,7 @@ impl Rig {
         assert_eq!(held, (0, 0, 0, u32::from(KEPT)), "{stats:#?}");
     }
 
-    fn until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
+    pub fn until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
         let started = Instant::now();
         while !done(self) {
             assert!(
