@@ -23,7 +23,7 @@ use serde_bytes::ByteBuf;
 
 use super::arena::Shape;
 use super::handoffs::{Handoffs, NewHandoff, Number, Stage};
-use super::index::{Committed, Index, Owner, Waiter};
+use super::index::{Committed, Discarded, Index, Owner, Waiter, Writer};
 use super::protocol::{
     ClientMessage, Commit, Discard, Found, GROUP_LEN, KeyQuery, KeyState, Namespace, Open,
     ProtocolError, ServerMessage, SessionKind, SlotRef,
@@ -108,7 +108,7 @@ impl Store {
             epoch: config.first_epoch.saturating_sub(1),
             namespace: None,
             shape: None,
-            index: Index::new(0),
+            index: Index::new(0, 1),
             handoffs: Handoffs::new(config.handoff_deadline),
             sessions: BTreeMap::new(),
             next_session: 1,
@@ -260,6 +260,8 @@ impl Store {
         self.unlease_all(mem::take(&mut request.leases));
         let handoff = self.named_handoff(query)?;
         let producing = handoff.filter(|&number| self.produces(id, number));
+        // That a prompt goes on to its decode node does not make it one that comes again.
+        let is_handed_over = query.handoff.is_some() && producing.is_none();
 
         let mut states = Vec::with_capacity(keys.len());
         let mut refs = Vec::with_capacity(keys.len());
@@ -281,6 +283,9 @@ impl Store {
                         (true, false) => KeyState::Miss,
                         (true, true) => {
                             request.leases.push(found.at);
+                            if !is_handed_over {
+                                self.index.reuse(found.at);
+                            }
                             refs.push(found.at);
                             KeyState::Hit
                         }

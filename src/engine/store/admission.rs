@@ -85,6 +85,12 @@ impl Store {
         let world = hello.world;
         self.namespace
             .get_or_insert_with(|| (hello.namespace.clone(), world));
+        if hello.kind == SessionKind::Worker {
+            self.index.returned(&Writer {
+                owner: owner(hello),
+                rank: hello.rank,
+            });
+        }
         let id = self.next_session;
         self.next_session += 1;
         let session = Session {
@@ -225,7 +231,7 @@ impl Store {
             Refusal::new(RefusalCode::Capacity, message)
         })?;
         self.shape = Some(shape);
-        self.index = Index::new(shape.slots);
+        self.index = Index::new(shape.slots, hello.world);
         self.epoch += 1;
         Ok(())
     }
@@ -235,7 +241,7 @@ impl Store {
             self.fail(number, HandoffFailure::ProducerDied);
         }
         self.shape = None;
-        self.index = Index::new(0);
+        self.index = Index::new(0, 1);
     }
 }
 

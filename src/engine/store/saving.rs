@@ -134,13 +134,16 @@ impl Store {
                     if let Some(parent) = parent {
                         self.index.adopt(resident.at, parent);
                     }
+                    if self.is_news(batch.handoff, resident.at) {
+                        self.index.reuse(resident.at);
+                    }
                     (resident.at, resident.ready)
                 }
                 None => {
                     let chunk = NewChunk {
                         key,
                         parent,
-                        owner: batch.owner.clone(),
+                        owner: &batch.owner,
                     };
                     let Some(at) = self.index.insert(chunk) else {
                         tracing::error!("no slot where one was counted; a chunk is not saved");
@@ -152,7 +155,7 @@ impl Store {
             };
             tails.insert(group(key), at);
             if let Some(number) = batch.handoff
-                && self.handoffs.get(number).is_some_and(|h| !h.holds(at))
+                && self.is_news(batch.handoff, at)
             {
                 self.index.lease(at);
                 self.handoffs.add(number, at, ready);
@@ -171,16 +174,15 @@ impl Store {
         now: Instant,
     ) -> Result<(), ProtocolError> {
         let refs = SlotRef::decode_all(&commit.refs)?;
-        let rank = self.sessions.get(&session).map_or(0, |s| s.rank);
-        let world = self.namespace.as_ref().map_or(1, |(_, world)| *world);
-        let Some(owner) = self.owner_of(session) else {
+        let Some(writer) = self.writer(session) else {
             return Ok(());
         };
         self.counters.saved_bytes = self.counters.saved_bytes.saturating_add(commit.bytes);
         self.counters.save_micros = self.counters.save_micros.saturating_add(commit.micros);
         for at in refs {
-            match self.index.commit(at, &owner, rank, world) {
+            match self.index.commit(at, &writer) {
                 Committed::Ignored => self.counters.stale_refs += 1,
+                Committed::Late => {}
                 Committed::Partly => self.counters.saved_chunks += 1,
                 Committed::Ready(waiters) => {
                     self.counters.saved_chunks += 1;
@@ -199,13 +201,14 @@ impl Store {
         discard: &Discard,
     ) -> Result<(), ProtocolError> {
         let refs = SlotRef::decode_all(&discard.refs)?;
-        let Some(owner) = self.owner_of(session) else {
+        let Some(writer) = self.writer(session) else {
             return Ok(());
         };
         for at in refs {
-            match self.index.discard(at, &owner) {
-                None => self.counters.stale_refs += 1,
-                Some(waiters) => {
+            match self.index.discard(at, &writer) {
+                Discarded::Ignored => self.counters.stale_refs += 1,
+                Discarded::Late => {}
+                Discarded::Now(waiters) => {
                     self.counters.discarded_chunks += 1;
                     for number in waiters {
                         self.fail(number, HandoffFailure::SaveFailed);
@@ -323,6 +326,20 @@ impl Store {
         self.handoffs
             .get(number)
             .is_some_and(|handoff| handoff.is_running() && owner == Some(&handoff.owner))
+    }
+
+    /// The chunk does not count for the hand-off yet.
+    fn is_news(&self, handoff: Option<Number>, at: SlotRef) -> bool {
+        let known = handoff.and_then(|number| self.handoffs.get(number));
+        known.is_some_and(|handoff| !handoff.holds(at))
+    }
+
+    fn writer(&self, session: SessionId) -> Option<Writer> {
+        let session = self.sessions.get(&session)?;
+        Some(Writer {
+            owner: session.owner.clone(),
+            rank: session.rank,
+        })
     }
 
     pub(super) fn owner_of(&self, session: SessionId) -> Option<Owner> {

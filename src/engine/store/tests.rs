@@ -221,3 +221,73 @@ fn what_a_decode_node_looked_up_is_not_held_by_the_handoff_any_more() {
     });
     assert_eq!(store.index.leases(), 0);
 }
+
+#[test]
+fn what_every_rank_gave_up_is_free_at_once() {
+    let mut store = store_with(2);
+    let now = Instant::now();
+    let workers: Vec<_> = (0..WORLD)
+        .map(|rank| store.admit(hello(0, 1, Some(rank))).unwrap().session)
+        .collect();
+    let scheduler = store.admit(hello(0, 1, None)).unwrap().session;
+    let grant = |store: &mut Store, keys: &[[u8; 8]]| {
+        let message = ClientMessage::Store(query("r", None, keys));
+        let Some(ServerMessage::Granted(granted)) = store.handle(scheduler, message, now).unwrap()
+        else {
+            panic!("not granted");
+        };
+        assert!(granted.ok, "the arena shrank");
+        granted.refs
+    };
+    let commit = |refs| {
+        let (bytes, micros) = (0, 0);
+        ClientMessage::Commit(Commit {
+            refs,
+            bytes,
+            micros,
+        })
+    };
+    let discard = |refs| ClientMessage::Discard(Discard { refs });
+    let quarantined = |store: &Store| store.index.census().quarantined;
+    for turn in 0..20 {
+        let refs = grant(&mut store, &prompt(turn, 2));
+        let (first, second) = match turn % 4 {
+            0 => (commit(refs.clone()), discard(refs.clone())),
+            1 => (discard(refs.clone()), commit(refs.clone())),
+            _ => (discard(refs.clone()), discard(refs.clone())),
+        };
+        store.handle(workers[0], first, now).unwrap();
+        let wanted = if turn % 4 == 0 { 0 } else { 2 };
+        assert_eq!(quarantined(&store), wanted, "rank 1 may still be writing");
+        store.handle(workers[1], second.clone(), now).unwrap();
+        assert_eq!(quarantined(&store), 0);
+        assert_eq!(store.counters.stale_refs, u64::from(turn) * 2);
+        store.handle(workers[1], second, now).unwrap();
+        assert!(
+            prompt(turn, 2)
+                .iter()
+                .all(|k| store.index.find(k).is_none())
+        );
+        store.index.check();
+    }
+}
+
+#[test]
+fn a_worker_that_says_hello_again_has_ended_its_copies() {
+    let mut store = store_with(2);
+    let now = Instant::now();
+    let join = |store: &mut Store, rank| store.admit(hello(0, 1, rank)).unwrap().session;
+    let sessions = [Some(0), Some(1), None].map(|rank| join(&mut store, rank));
+    let message = ClientMessage::Store(query("r", None, &prompt(1, 2)));
+    store.handle(sessions[2], message, now).unwrap();
+    sessions
+        .into_iter()
+        .for_each(|session| store.disconnect(session));
+    let quarantined = |store: &Store| store.index.census().quarantined;
+    assert_eq!(quarantined(&store), 2);
+    join(&mut store, None);
+    join(&mut store, Some(1));
+    assert_eq!(quarantined(&store), 2, "rank 0 may still be writing");
+    join(&mut store, Some(0));
+    assert_eq!((quarantined(&store), store.index.available()), (0, 2));
+}

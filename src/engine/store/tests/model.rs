@@ -51,6 +51,7 @@ enum Op {
     CommitAll,
     Discard {
         pick: usize,
+        rank: u32,
     },
     Disconnect {
         node: usize,
@@ -81,7 +82,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         2 => (node.clone(), any.clone()).prop_map(|(node, request)| Op::Finish { node, request }),
         16 => (any.clone(), 0..WORLD).prop_map(|(pick, rank)| Op::Commit { pick, rank }),
         4 => Just(Op::CommitAll),
-        1 => any.clone().prop_map(|pick| Op::Discard { pick }),
+        2 => (any.clone(), 0..WORLD).prop_map(|(pick, rank)| Op::Discard { pick, rank }),
         1 => (node.clone(), 0..3usize).prop_map(|(node, who)| Op::Disconnect { node, who }),
         1 => node.clone().prop_map(|node| Op::Gone { node }),
         2 => node.prop_map(|node| Op::Join { node }),
@@ -96,8 +97,8 @@ struct Written {
     key: [u8; 8],
     owner: Owner,
     committed: BTreeSet<u32>,
-    /// Its processes may still write.
-    writing: bool,
+    /// The ranks that may still write.
+    writing: BTreeSet<u32>,
 }
 
 #[derive(Debug, Default)]
@@ -141,6 +142,21 @@ impl World {
                 let rank = u32::try_from(who).unwrap().checked_sub(1);
                 let welcome = self.store.admit(hello(node, *incarnation, rank)).unwrap();
                 sessions[who] = Some(welcome.session);
+                if let Some(rank) = rank {
+                    self.returned(node, rank);
+                }
+            }
+        }
+    }
+
+    /// A worker that says hello has ended its earlier copies.
+    fn returned(&mut self, node: usize, rank: u32) {
+        let owner = self.owner(node);
+        for (at, written) in &mut self.written {
+            let found = self.store.index.find(&written.key);
+            let pending = found.is_some_and(|found| found.at == *at && !found.ready);
+            if written.owner == owner && !pending {
+                written.writing.remove(&rank);
             }
         }
     }
@@ -230,12 +246,11 @@ impl World {
                     (0..WORLD).for_each(|rank| self.commit(n, rank));
                 }
             }
-            Op::Discard { pick: n } => {
+            Op::Discard { pick: n, rank } => {
                 if let Some(n) = pick(n, self.written.len()) {
-                    let (&at, written) = self.written.iter().nth(n).unwrap();
-                    let node = self.node_of(&written.owner);
+                    let (&at, _) = self.written.iter().nth(n).unwrap();
                     let refs = SlotRef::encode_all([at]);
-                    self.send(node, 1, ClientMessage::Discard(Discard { refs }));
+                    self.done(at, rank, ClientMessage::Discard(Discard { refs }));
                 }
             }
             Op::Disconnect { node, who } => {
@@ -248,7 +263,9 @@ impl World {
                 self.store.incarnation_gone(&owner);
                 self.nodes[node] = (owner.incarnation + 1, [None; 3]);
                 for written in self.written.values_mut() {
-                    written.writing &= written.owner != owner;
+                    if written.owner == owner {
+                        written.writing.clear();
+                    }
                 }
                 self.leases
                     .retain(|(n, i, _), _| (*n, *i) != (node, owner.incarnation));
@@ -269,28 +286,31 @@ impl World {
     }
 
     fn commit(&mut self, n: usize, rank: u32) {
-        let (&at, written) = self.written.iter_mut().nth(n).unwrap();
-        let owner = written.owner.clone();
-        let node = self.node_of(&owner);
-        // Only its own incarnation can write; what comes from a later one must be ignored.
-        let own = self.nodes[node].0 == owner.incarnation;
-        let connected = self.nodes[node].1[rank as usize + 1].is_some();
-        let pending = self
-            .store
-            .index
-            .find(&self.written[&at].key)
-            .is_some_and(|r| r.at == at && !r.ready);
+        let (&at, written) = self.written.iter().nth(n).unwrap();
+        let found = self.store.index.find(&written.key);
+        let pending = found.is_some_and(|found| found.at == at && !found.ready);
         let message = ClientMessage::Commit(Commit {
             refs: SlotRef::encode_all([at]),
             bytes: 1,
             micros: 1,
         });
-        self.send(node, rank as usize + 1, message);
-        let written = self.written.get_mut(&at).unwrap();
-        if own && connected && pending {
-            written.committed.insert(rank);
-            written.writing &= written.committed.len() < WORLD as usize;
+        if self.done(at, rank, message) && pending {
+            self.written.get_mut(&at).unwrap().committed.insert(rank);
         }
+    }
+
+    /// Sends a rank's word that it is done with a chunk. Only its own incarnation can be writing;
+    /// what a later one says must be ignored.
+    fn done(&mut self, at: SlotRef, rank: u32, message: ClientMessage) -> bool {
+        let owner = self.written[&at].owner.clone();
+        let node = self.node_of(&owner);
+        let own = self.owner(node) == owner;
+        let connected = self.nodes[node].1[rank as usize + 1].is_some();
+        self.send(node, rank as usize + 1, message);
+        if own && connected {
+            self.written.get_mut(&at).unwrap().writing.remove(&rank);
+        }
+        own && connected
     }
 
     fn save(&mut self, node: usize, handoff: Option<usize>, chain: u8, range: std::ops::Range<u8>) {
@@ -326,7 +346,7 @@ impl World {
         let owner = self.owner(node);
         for (at, i) in places.into_iter().zip(new) {
             for (old, written) in &self.written {
-                let reused = old.slot == at.slot && written.writing;
+                let reused = old.slot == at.slot && !written.writing.is_empty();
                 assert!(!reused, "{at:?} is still being written: {written:?}");
             }
             let leased = self.leases.values().flatten();
@@ -338,7 +358,7 @@ impl World {
                 key: keys[i],
                 owner: owner.clone(),
                 committed: BTreeSet::new(),
-                writing: true,
+                writing: (0..WORLD).collect(),
             };
             let old = self.written.insert(at, written);
             assert!(old.is_none(), "{at:?} named a chunk before");
@@ -401,6 +421,15 @@ impl World {
             );
         }
         self.store.index.check();
+        // Out of use is exactly what may still be written, and is not wanted any more.
+        let unwanted = |(at, written): &(&SlotRef, &Written)| {
+            let found = self.store.index.find(&written.key);
+            !written.writing.is_empty() && found.is_none_or(|found| found.at != **at)
+        };
+        assert_eq!(
+            self.store.index.census().quarantined as usize,
+            self.written.iter().filter(unwanted).count()
+        );
         assert!(self.store.index.available() >= self.store.handoffs.reserved());
         let all = self.store.handoffs.all().into_iter();
         let reserved: u64 = all
