@@ -22,8 +22,12 @@
 #[cfg(test)]
 mod check;
 mod chunk;
+#[cfg(test)]
+mod cost;
 mod order;
 mod table;
+#[cfg(test)]
+mod traces;
 mod writes;
 
 use std::hash::{BuildHasher, RandomState};
@@ -250,6 +254,13 @@ impl Index {
     /// Nobody of `reaped` or before it can write any more: their quarantined slots are free.
     pub fn release(&mut self, reaped: &Owner) {
         self.free.extend(self.writes.reaped(reaped));
+    }
+
+    /// Evicts everything that is not held. How many chunks that were.
+    pub fn flush(&mut self) -> u32 {
+        let before = self.by_key.len();
+        while self.evict().is_some() {}
+        before - self.by_key.len()
     }
 
     /// Slots whose generation rose since the last call, with the new one.

@@ -85,8 +85,9 @@ impl Store {
         let world = hello.world;
         self.namespace
             .get_or_insert_with(|| (hello.namespace.clone(), world));
+        self.replace(hello);
         if hello.kind == SessionKind::Worker {
-            self.index.returned(&Writer {
+            self.returned(&Writer {
                 owner: owner(hello),
                 rank: hello.rank,
             });
@@ -125,6 +126,19 @@ impl Store {
                 arena_bytes: 0,
             },
         })
+    }
+
+    /// Closes what is left of an earlier session of the same peer.
+    fn replace(&mut self, hello: &Hello) {
+        let owner = owner(hello);
+        let same = |session: &Session| {
+            session.owner == owner && session.kind == hello.kind && session.rank == hello.rank
+        };
+        let earlier = self.sessions.iter().find(|(_, session)| same(session));
+        if let Some((&id, _)) = earlier {
+            self.disconnect(id, Lost::Replaced);
+            self.actions.push(Action::Close(id));
+        }
     }
 
     fn check_peer(&self, hello: &Hello) -> Result<(), Refusal> {

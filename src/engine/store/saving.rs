@@ -1,9 +1,11 @@
 //! How chunks come in, and how a hand-off goes from `open` to its outcome.
 
 use super::*;
-use crate::engine::handoffs::Handoff;
 use crate::engine::index::{NewChunk, Resident};
 use crate::engine::protocol::Granted;
+
+/// How a fired hand-off should end.
+const LOOKED_UP: &str = "looked_up";
 
 impl Store {
     pub(super) fn open(
@@ -20,7 +22,9 @@ impl Store {
         {
             self.actions.push(Action::Opened(id.clone()));
             let wanted = self.handoffs.reserved() + u64::from(open.chunks);
-            if self.handoffs.is_full() || self.index.available() < wanted {
+            if self.handoffs.is_unwanted(&id) {
+                self.settle(id, HandoffOutcome::Failed(HandoffFailure::Abandoned));
+            } else if self.handoffs.is_full() || self.index.available() < wanted {
                 self.settle(id, HandoffOutcome::Failed(HandoffFailure::NoSpace));
             } else {
                 let chunks = open.chunks;
@@ -177,8 +181,7 @@ impl Store {
         let Some(writer) = self.writer(session) else {
             return Ok(());
         };
-        self.counters.saved_bytes = self.counters.saved_bytes.saturating_add(commit.bytes);
-        self.counters.save_micros = self.counters.save_micros.saturating_add(commit.micros);
+        self.counters.saved(&writer.owner.node, commit);
         for at in refs {
             match self.index.commit(at, &writer) {
                 Committed::Ignored => self.counters.stale_refs += 1,
@@ -239,8 +242,11 @@ impl Store {
         let id = handoff.id.clone();
         let chunks = handoff.chunks();
         let already_stored = !handoff.wrote;
+        let took = now.saturating_duration_since(handoff.opened);
+        self.counters.handoff_seconds.record(took);
         if handoff.consumed || chunks == 0 {
             self.drop_handoff(number);
+            self.counters.released(LOOKED_UP);
         } else {
             self.handoffs.fire(number, now);
         }
@@ -266,6 +272,7 @@ impl Store {
             self.handoffs.consume(number);
         } else {
             self.drop_handoff(number);
+            self.counters.released(LOOKED_UP);
         }
     }
 
@@ -285,6 +292,8 @@ impl Store {
         self.drop_handoff(number);
         if running {
             self.settle(id, HandoffOutcome::Failed(why));
+        } else {
+            self.counters.released(why.label());
         }
     }
 
