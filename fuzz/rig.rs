@@ -81,7 +81,6 @@ impl Rig {
             capacity: 4096 + SLOTS * ROW as u64,
             arena: ArenaPlan::default(),
             handoff_deadline: Duration::from_millis(200),
-            arena: pegaflow::plan::ArenaPlan::default(),
         };
         let board = HandoffBoard::default();
         let engine = Engine::start(config, board, &mut Registry::default()).unwrap();

@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use http::StatusCode;
 use serde_json::json;
@@ -107,6 +107,12 @@ fn routes(deps: ControlDeps) -> Router {
     Router::new()
         .route("/v1/fleet", get(fleet))
         .route("/v1/kv", get(|state| kv(state, Engine::stats)))
+        .route(
+            "/v1/kv/namespaces",
+            get(|state| kv(state, Engine::namespaces)),
+        )
+        .route("/v1/kv/inspect", get(|state| kv(state, Engine::inspect)))
+        .route("/v1/kv/flush", post(|state| kv(state, Engine::flush)))
         .with_state(deps)
 }
 

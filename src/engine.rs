@@ -14,12 +14,15 @@
 //! - [`protocol`]: the messages of `docs/protocol.md`; [`client`]: the other end, for tests.
 //! - `server`: the socket. `store`: all decisions, pure, over `index` (which chunk is in which
 //!   slot) and `handoffs` (which prompt is complete).
-//! - `arena`: the shared memory. `stats`, `metrics`: what is counted.
+//! - `arena`: the shared memory. `stats`, `latency`, `metrics`: what is counted. `inspect`: what an
+//!   operator sees.
 
 mod arena;
 pub mod client;
 mod handoffs;
 mod index;
+mod inspect;
+mod latency;
 mod metrics;
 pub mod protocol;
 mod server;
@@ -34,15 +37,18 @@ use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use futures_util::FutureExt;
 use prometheus_client::registry::Registry;
 use tokio::sync::oneshot;
 
+pub use self::handoffs::Stage;
+pub use self::inspect::{Flushed, HandoffInfo, Inspection, LeaseInfo, NamespaceInfo};
+pub use self::latency::Latencies;
 use self::metrics::EngineCollector;
 use self::server::{Shared, listen_at, serve};
-pub use self::stats::{Counters, EngineStats, RefusedSession, SessionStats};
+pub use self::stats::{Counters, EngineStats, NodeCounters, RefusedSession, SessionStats};
 use self::store::{Store, StoreConfig};
 use crate::fleet::NodeId;
 use crate::handoff::HandoffBoard;
@@ -140,18 +146,37 @@ impl Engine {
             node: node.clone(),
             incarnation,
         };
-        // The caller is the supervisor: a fault in here must not reach it.
-        let told = std::panic::catch_unwind(AssertUnwindSafe(|| {
-            self.shared.with(|store| store.incarnation_gone(&reaped));
-        }));
-        if told.is_err() {
+        self.guarded(|store| store.incarnation_gone(&reaped));
+    }
+
+    /// Changes the store for a caller of another part: a fault in here must not reach it.
+    fn guarded<T>(&self, change: impl FnOnce(&mut Store) -> T) -> Option<T> {
+        let shared = AssertUnwindSafe(&self.shared);
+        let changed = std::panic::catch_unwind(AssertUnwindSafe(|| shared.with(change)));
+        changed.unwrap_or_else(|_| {
             tracing::error!("the store is turned off: it panicked");
             self.shared.set_down();
-        }
+            None
+        })
     }
 
     pub fn stats(&self) -> EngineStats {
-        self.shared.read(Store::stats)
+        self.shared.read(|store| store.stats(Instant::now()))
+    }
+
+    /// Whose KV is stored, and how much of the arena it has.
+    pub fn namespaces(&self) -> Vec<NamespaceInfo> {
+        self.shared.read(Store::namespaces)
+    }
+
+    /// Sessions, the oldest leases and hand-offs, occupancy.
+    pub fn inspect(&self) -> Inspection {
+        self.shared.read(|store| store.inspect(Instant::now()))
+    }
+
+    /// Evicts every chunk that nobody writes, reads or waits for. `None`: the store is off.
+    pub fn flush(&self) -> Option<Flushed> {
+        self.guarded(Store::flush)
     }
 
     /// False once the engine has stopped or has been turned off by a fault.

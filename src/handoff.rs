@@ -8,14 +8,17 @@
 //!  ─────────▶ Expected ────────────▶ Open ────────────────▶ Settled(Ready)
 //!                │                     │   engine: failed
 //!                │                     └──────────────────▶ Settled(Failed)
-//!                └── ticket dropped: the entry is gone, later engine events are ignored
+//!                └── ticket dropped: the entry is gone, later engine events are ignored,
+//!                    and the engine is told that nobody waits any more
 //! ```
 //!
 //! The engine and the router do not know each other; both hold a clone of the [`HandoffBoard`].
 //! The number of entries is bounded by the requests in flight: a [`HandoffTicket`] removes its
-//! own entry when it is dropped.
+//! own entry when it is dropped. It is kept until the decode node has answered, so whatever the engine
+//! still holds for the hand-off after that is held for nobody: the engine takes the ids of dropped
+//! tickets at its next tick ([`HandoffBoard::take_abandoned`]).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -63,6 +66,8 @@ pub enum HandoffFailure {
     SaveFailed,
     #[error("the prefill node did not finish before the deadline")]
     Deadline,
+    #[error("nobody waits for the prompt any more")]
+    Abandoned,
     #[error("the store is turned off")]
     EngineDown,
 }
@@ -76,6 +81,7 @@ impl HandoffFailure {
             Self::Aborted => "aborted",
             Self::SaveFailed => "save_failed",
             Self::Deadline => "deadline",
+            Self::Abandoned => "abandoned",
             Self::EngineDown => "engine_down",
         }
     }
@@ -108,9 +114,15 @@ pub enum HandoffState {
 #[derive(Debug, Default)]
 struct Board {
     entries: HashMap<HandoffId, watch::Sender<HandoffState>>,
+    /// Whose tickets were dropped since the engine last asked; the oldest are forgotten (and end by
+    /// their deadline) when nobody asks.
+    abandoned: VecDeque<HandoffId>,
     /// The store is off: nothing will ever fire again.
     off: Option<HandoffFailure>,
 }
+
+/// The most ids that wait for the engine's next tick.
+const MAX_ABANDONED: usize = 65_536;
 
 /// Where hand-offs are announced and awaited. Cheap to clone; all clones share one table.
 #[derive(Debug, Clone, Default)]
@@ -156,6 +168,12 @@ impl HandoffBoard {
         for id in ids {
             self.settle(&id, HandoffOutcome::Failed(failure));
         }
+    }
+
+    /// Engine: the hand-offs that nobody waits for any more, since the last call. Those that have
+    /// failed are not among them: nothing is held for them.
+    pub fn take_abandoned(&self) -> Vec<HandoffId> {
+        self.lock().abandoned.drain(..).collect()
     }
 
     /// Hand-offs that somebody waits for at this moment.
@@ -223,7 +241,16 @@ impl HandoffTicket {
 
 impl Drop for HandoffTicket {
     fn drop(&mut self) {
-        self.board.lock().entries.remove(&self.id);
+        let failed = matches!(
+            *self.receiver.borrow(),
+            HandoffState::Settled(HandoffOutcome::Failed(_))
+        );
+        let mut board = self.board.lock();
+        board.entries.remove(&self.id);
+        if !failed {
+            board.abandoned.truncate(MAX_ABANDONED - 1);
+            board.abandoned.push_front(self.id.clone());
+        }
     }
 }
 
@@ -268,6 +295,28 @@ mod tests {
         assert_eq!(board.waiting(), 0);
         board.settle(&"unknown".into(), READY);
         assert_eq!(board.waiting(), 0);
+    }
+
+    #[test]
+    fn the_engine_learns_who_left_unless_nothing_is_held_for_them() {
+        let board = HandoffBoard::default();
+        let [waiting, ready, failed] = ["waiting", "ready", "failed"].map(HandoffId::from);
+        let tickets = [&waiting, &ready, &failed].map(|id| board.register(id.clone()));
+        board.settle(&ready, READY);
+        board.settle(
+            &failed,
+            HandoffOutcome::Failed(HandoffFailure::ProducerDied),
+        );
+        assert!(board.take_abandoned().is_empty());
+        drop(tickets);
+        let mut left = board.take_abandoned();
+        left.sort_by(|a, b| a.as_str().cmp(b.as_str()));
+        assert_eq!(left, [ready, waiting]);
+        assert!(board.take_abandoned().is_empty());
+        for n in 0..MAX_ABANDONED + 1 {
+            drop(board.register(HandoffId::from(format!("{n}").as_str())));
+        }
+        assert_eq!(board.take_abandoned().len(), MAX_ABANDONED);
     }
 
     #[tokio::test(start_paused = true)]

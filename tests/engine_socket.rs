@@ -1,4 +1,4 @@
-//! The engine over its real socket and its real shared memory.
+//! Chunks and hand-offs over the engine's real socket and its real shared memory.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -6,157 +6,15 @@
     clippy::panic
 )]
 
+mod support_engine;
+
 use std::fs::File;
-use std::io::{Read, Write};
-use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
-use pegaflow::engine::client::{Client, ClientError, Query};
-use pegaflow::engine::protocol::{
-    ClientMessage as M, Commit, Discard, Granted, HandoffName, Hello, Loaded, Open, RefusalCode,
-    RequestName, SessionKind, SlotRef, encode_frame,
-};
-use pegaflow::engine::{Engine, EngineConfig, EngineError};
-use pegaflow::handoff::{
-    HandoffBoard, HandoffFailure, HandoffId, HandoffOutcome, HandoffState, HandoffTicket,
-};
-use pegaflow::plan::ArenaPlan;
-use prometheus_client::registry::Registry;
-use serde_bytes::ByteBuf;
-
-const LIMIT: Duration = Duration::from_secs(20);
-const ROW: u64 = 1000;
-
-struct Fixture {
-    engine: Engine,
-    board: HandoffBoard,
-    registry: Registry,
-    socket: PathBuf,
-    _dir: tempfile::TempDir,
-}
-
-fn config(socket: PathBuf) -> EngineConfig {
-    EngineConfig {
-        socket_path: socket,
-        token: "secret".into(),
-        capacity: 4096 + 32 * 1024,
-        arena: ArenaPlan::default(),
-        handoff_deadline: Duration::from_secs(20),
-    }
-}
-
-impl Fixture {
-    fn new() -> Self {
-        Self::with(|_| {})
-    }
-
-    fn with(change: impl FnOnce(&mut EngineConfig)) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join("engine.sock");
-        let board = HandoffBoard::default();
-        let mut registry = Registry::default();
-        let mut config = config(socket.clone());
-        change(&mut config);
-        let engine = Engine::start(config, board.clone(), &mut registry).unwrap();
-        Self {
-            engine,
-            board,
-            registry,
-            socket,
-            _dir: dir,
-        }
-    }
-
-    fn connect(&self, hello: Hello) -> Result<Client, ClientError> {
-        Client::connect(&self.socket, hello, LIMIT)
-    }
-
-    fn join(&self, node: &str, kind: SessionKind) -> Client {
-        self.connect(hello(node, kind)).unwrap()
-    }
-
-    fn expect(&self, id: &str) -> HandoffTicket {
-        self.board.register(HandoffId::from(id))
-    }
-
-    /// Waits until the engine has seen what was sent without an answer.
-    fn until(&self, what: &str, mut done: impl FnMut(&Self) -> bool) {
-        let started = Instant::now();
-        while !done(self) {
-            assert!(started.elapsed() < LIMIT, "never: {what}");
-            std::thread::sleep(Duration::from_millis(2));
-        }
-    }
-}
-
-fn hello(node: &str, kind: SessionKind) -> Hello {
-    Hello {
-        version: 1,
-        token: "secret".into(),
-        node: node.into(),
-        incarnation: 1,
-        kind,
-        rank: 0,
-        world: 1,
-        namespace: [("dtype", "bfloat16"), ("model", "tiny")]
-            .map(|(k, v)| (k.to_owned(), v.to_owned()))
-            .into(),
-        row_bytes: match kind {
-            SessionKind::Scheduler => 0,
-            SessionKind::Worker => ROW,
-        },
-        pid: std::process::id(),
-    }
-}
-
-fn key(n: u8) -> Vec<u8> {
-    [[n; 32].as_slice(), &[0; 4]].concat()
-}
-
-fn query<'a>(keys: &'a [&'a [u8]], handoff: Option<&'a str>) -> Query<'a> {
-    Query {
-        request: "r",
-        handoff,
-        keys,
-    }
-}
-
-fn refs(granted: &Granted) -> Vec<SlotRef> {
-    SlotRef::decode_all(&granted.refs).unwrap()
-}
-
-fn commit(refs: &[SlotRef]) -> M {
-    M::Commit(Commit {
-        refs: SlotRef::encode_all(refs.iter().copied()),
-        bytes: ROW * refs.len() as u64,
-        micros: 5,
-    })
-}
-
-fn open(id: &str, chunks: u32) -> M {
-    M::Open(Open {
-        request: "r".into(),
-        handoff: id.into(),
-        chunks,
-    })
-}
-
-fn seal(id: &str) -> M {
-    M::Seal(HandoffName { handoff: id.into() })
-}
-
-async fn outcome(ticket: &mut HandoffTicket) -> HandoffOutcome {
-    tokio::time::timeout(LIMIT, ticket.settled()).await.unwrap()
-}
-
-const fn ready(chunks: u32, already_stored: bool) -> HandoffOutcome {
-    HandoffOutcome::Ready {
-        chunks,
-        already_stored,
-    }
-}
+use pegaflow::engine::protocol::{ClientMessage as M, Discard, Loaded, SessionKind, SlotRef};
+use pegaflow::handoff::{HandoffFailure, HandoffOutcome, HandoffState};
+use support_engine::*;
 
 #[tokio::test]
 async fn bytes_written_by_the_prefill_worker_are_read_by_the_decode_worker() {
@@ -229,8 +87,7 @@ async fn bytes_written_by_the_prefill_worker_are_read_by_the_decode_worker() {
     fixture.until("loaded", |f| f.engine.stats().counters.loaded_chunks == 2);
     for (client, id) in [(&mut p, "h2"), (&mut d, "h2")] {
         client.lookup(query(&keys, Some(id))).unwrap();
-        let request = "r".to_owned();
-        client.send(&M::Finish(RequestName { request })).unwrap();
+        client.send(&finish("r")).unwrap();
     }
     fixture.until("all leases ended", |f| f.engine.stats().leased == 0);
     let stats = fixture.engine.stats();
@@ -243,49 +100,23 @@ async fn bytes_written_by_the_prefill_worker_are_read_by_the_decode_worker() {
     let json = serde_json::to_value(&stats).unwrap();
     assert_eq!(json["saved_chunks"], 2);
 
-    let mut text = String::new();
-    prometheus_client::encoding::text::encode(&mut text, &fixture.registry).unwrap();
+    let text = metrics(&fixture);
     for line in [
         "pegaflow_engine_up 1",
         "pegaflow_engine_slots_ready 2",
-        "pegaflow_engine_saved_bytes_total 2000",
+        "pegaflow_engine_saved_bytes_total{node=\"p\"} 2000",
+        "pegaflow_engine_loaded_bytes_total{node=\"d\"} 2000",
+        "pegaflow_engine_lookup_hits_total{node=\"d\"} 4",
+        "pegaflow_engine_sessions{node=\"d\",kind=\"worker\"} 1",
+        "pegaflow_engine_save_duration_seconds_count 2",
+        "pegaflow_engine_load_duration_seconds_bucket{le=\"0.0001\"} 1",
+        "pegaflow_engine_handoff_duration_seconds_count 3",
+        "pegaflow_engine_handoffs_released_total{how=\"looked_up\"} 3",
+        "pegaflow_engine_oldest_lease_age_seconds 0.0",
         "pegaflow_engine_handoffs_total{outcome=\"already_stored\"} 2",
     ] {
         assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
     }
-}
-
-#[tokio::test]
-async fn a_killed_producer_fails_its_handoff_and_its_slots_wait_for_the_reaper() {
-    let fixture = Fixture::new();
-    let worker = fixture.join("p", SessionKind::Worker);
-    let mut p = fixture.join("p", SessionKind::Scheduler);
-    let mut d = fixture.join("d", SessionKind::Scheduler);
-    let (k1, k2) = (key(1), key(2));
-    let keys: [&[u8]; 2] = [&k1, &k2];
-    let mut ticket = fixture.expect("h");
-    p.send(&open("h", 2)).unwrap();
-    let granted = p.store(query(&keys, Some("h"))).unwrap();
-    assert_eq!(refs(&granted).len(), 2);
-
-    drop(worker);
-    let died = HandoffOutcome::Failed(HandoffFailure::ProducerDied);
-    assert_eq!(outcome(&mut ticket).await, died);
-    assert_eq!(d.lookup(query(&keys, None)).unwrap().states, [0, 0]);
-    assert_eq!(fixture.engine.stats().quarantined, 2);
-
-    drop(p);
-    fixture.engine.incarnation_gone(&"p".into(), 1);
-    let stats = fixture.engine.stats();
-    assert_eq!((stats.quarantined, stats.used), (0, 0));
-    let late = fixture.connect(hello("p", SessionKind::Worker));
-    assert!(
-        matches!(&late, Err(ClientError::Refused(r)) if r.code == RefusalCode::BadHello),
-        "{late:?}"
-    );
-    let mut next = hello("p", SessionKind::Worker);
-    next.incarnation = 2;
-    fixture.connect(next).unwrap();
 }
 
 #[tokio::test]
@@ -320,174 +151,26 @@ async fn a_handoff_that_nobody_completes_fails_at_its_deadline() {
     assert_eq!(fixture.engine.stats().reserved, 0);
 }
 
-#[test]
-fn refusals_name_what_is_wrong() {
-    let fixture = Fixture::new();
-    let _known = fixture.join("p", SessionKind::Worker);
-    let with = |change: fn(&mut Hello)| {
-        let mut hello = hello("d", SessionKind::Worker);
-        change(&mut hello);
-        match fixture.connect(hello) {
-            Err(ClientError::Refused(refused)) => refused,
-            other => panic!("not refused: {other:?}"),
-        }
-    };
-    let mut codes = Vec::new();
-    let cases: [fn(&mut Hello); 6] = [
-        |h| h.version = 2,
-        |h| h.token = "secreT".into(),
-        |h| h.row_bytes = 0,
-        |h| h.rank = 1,
-        |h| h.row_bytes = 999,
-        |h| h.world = 2,
-    ];
-    for case in cases {
-        codes.push(with(case).code);
-    }
-    use RefusalCode as C;
-    let wanted = [
-        C::Version,
-        C::Token,
-        C::BadHello,
-        C::BadHello,
-        C::RowBytes,
-        C::Namespace,
-    ];
-    assert_eq!(codes, wanted);
-    let refused = with(|h| {
-        h.namespace.insert("dtype".into(), "float16".into());
-        h.namespace.remove("model");
-        h.namespace.insert("tp".into(), "2".into());
-    });
-    assert_eq!(refused.code, C::Namespace);
-    for part in ["dtype", "bfloat16", "float16", "model", "tiny", "tp"] {
-        assert!(refused.message.contains(part), "{}", refused.message);
-    }
-    let last = &fixture.engine.stats().counters.refusals[0];
-    assert_eq!(last.fields, ["dtype", "model", "tp"]);
-}
-
-#[test]
-fn an_arena_that_cannot_hold_one_chunk_is_refused_and_another_namespace_may_follow() {
-    let fixture = Fixture::new();
-    let mut big = hello("p", SessionKind::Worker);
-    big.row_bytes = 1 << 40;
-    let refused = fixture.connect(big);
-    assert!(
-        matches!(&refused, Err(ClientError::Refused(r)) if r.code == RefusalCode::Capacity),
-        "{refused:?}"
-    );
-    let first = fixture.join("p", SessionKind::Worker);
-    let epoch = first.welcome().epoch;
-    drop(first);
-    fixture.until("left", |f| f.engine.stats().sessions.is_empty());
-    let mut other = hello("p", SessionKind::Worker);
-    other.namespace.insert("dtype".into(), "float16".into());
-    other.row_bytes = 500;
-    let other = fixture.connect(other).unwrap();
-    assert_eq!(other.welcome().epoch, epoch + 1);
-    assert_eq!(other.welcome().stride, 512);
-}
-
-#[test]
-fn hostile_peers_lose_their_session_and_nobody_else_does() {
-    let fixture = Fixture::new();
-    let _worker = fixture.join("p", SessionKind::Worker);
-    let mut good = fixture.join("p", SessionKind::Scheduler);
-    let say_hello = encode_frame(&M::Hello(hello("d", SessionKind::Scheduler))).unwrap();
-    let bad_keys = M::Lookup(pegaflow::engine::protocol::KeyQuery {
-        seq: 1,
-        request: "r".into(),
-        handoff: None,
-        keys: ByteBuf::from(vec![1; 37]),
-        key_len: 36,
-    });
-    let hostile: Vec<(&str, Vec<u8>)> = vec![
-        ("no hello", encode_frame(&seal("h")).unwrap()),
-        ("long hello", [0xff, 0xff, 0xff, 0x00].into()),
-        ("garbage", b"GET / HTTP/1.1\r\n\r\n".into()),
-        ("nothing inside", vec![0; 4]),
-        ("huge frame", [say_hello.as_slice(), &[0xff; 8]].concat()),
-        (
-            "unknown op",
-            [say_hello.as_slice(), &[8, 0, 0, 0], b"\x81\xa2op\xa3rob"].concat(),
-        ),
-        (
-            "bad keys",
-            [say_hello.clone(), encode_frame(&bad_keys).unwrap()].concat(),
-        ),
-        (
-            "a worker's message",
-            [say_hello.clone(), encode_frame(&commit(&[])).unwrap()].concat(),
-        ),
-        (
-            "hello twice",
-            [say_hello.clone(), say_hello.clone()].concat(),
-        ),
-    ];
-    let count = hostile.len() as u64;
-    for (what, bytes) in hostile {
-        let mut stream = UnixStream::connect(&fixture.socket).unwrap();
-        stream.set_read_timeout(Some(LIMIT)).unwrap();
-        stream.write_all(&bytes).unwrap();
-        let mut answer = Vec::new();
-        // The engine may close with our bytes unread, which is a reset.
-        if let Err(error) = stream.read_to_end(&mut answer) {
-            assert_eq!(
-                error.kind(),
-                std::io::ErrorKind::ConnectionReset,
-                "{what}: {error}"
-            );
-        }
-    }
-    fixture.until("all closed", |f| f.engine.stats().sessions.len() == 2);
-    assert_eq!(fixture.engine.stats().counters.sessions_broken, count);
-    let k1 = key(1);
-    assert_eq!(good.lookup(query(&[&k1], None)).unwrap().states, [0]);
-    assert!(fixture.engine.is_running());
-}
-
 #[tokio::test]
-async fn the_socket_is_private_stale_ones_are_replaced_and_shutdown_removes_it() {
-    let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("engine.sock");
-    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
-    let start = || {
-        let board = HandoffBoard::default();
-        Engine::start(config(socket.clone()), board, &mut Registry::default())
-    };
-    let engine = start().unwrap();
-    let mode = std::fs::metadata(&socket).unwrap().permissions().mode();
-    assert_eq!(mode & 0o777, 0o600);
-    assert!(matches!(start(), Err(EngineError::InUse(_))));
-
-    let mut client = Client::connect(&socket, hello("p", SessionKind::Worker), LIMIT).unwrap();
-    engine.shutdown(LIMIT).await;
-    assert!(!socket.exists());
-    assert!(client.lookup(query(&[], None)).is_err());
-
-    std::fs::write(&socket, "mine").unwrap();
-    assert!(matches!(start(), Err(EngineError::NotASocket(_))));
-}
-
-#[test]
-fn a_peer_that_does_not_read_its_answers_is_closed_while_others_are_served() {
+async fn a_handoff_whose_client_left_is_given_up_at_once() {
     let fixture = Fixture::new();
-    let mut good = fixture.join("p", SessionKind::Scheduler);
-    let mut slow = fixture.join("d", SessionKind::Scheduler);
-    let lookup = M::Lookup(pegaflow::engine::protocol::KeyQuery {
-        seq: 1,
-        request: "r".into(),
-        handoff: None,
-        keys: ByteBuf::from(vec![7; 36 * 20_000]),
-        key_len: 36,
-    });
-    let flood = std::thread::spawn(move || while slow.send(&lookup).is_ok() {});
+    let mut worker = fixture.join("p", SessionKind::Worker);
+    let mut p = fixture.join("p", SessionKind::Scheduler);
     let k1 = key(1);
-    fixture.until("closed", |f| {
-        good.lookup(query(&[&k1], None)).unwrap();
-        f.engine.stats().sessions.len() == 1
-    });
-    flood.join().unwrap();
-    assert_eq!(fixture.engine.stats().counters.sessions_broken, 1);
+    let keys: [&[u8]; 1] = [&k1];
+    let running = fixture.expect("h1");
+    p.send(&open("h1", 3)).unwrap();
+    let mut fired = fixture.expect("h2");
+    p.send(&open("h2", 1)).unwrap();
+    let slots = refs(&p.store(query(&keys, Some("h2"))).unwrap());
+    p.send(&seal("h2")).unwrap();
+    worker.send(&commit(&slots)).unwrap();
+    assert_eq!(outcome(&mut fired).await, ready(1, false));
+    let stats = fixture.engine.stats();
+    assert_eq!((stats.leased, stats.reserved), (1, 3));
+    drop((running, fired));
+    fixture.until("given up", |f| f.engine.stats().handoffs_open == 0);
+    let stats = fixture.engine.stats();
+    assert_eq!((stats.leased, stats.reserved, stats.ready), (0, 0, 1));
+    assert_eq!(stats.counters.handoffs_failed["abandoned"], 1);
 }

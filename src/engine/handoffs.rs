@@ -7,11 +7,16 @@
 //!           └── fail ─────────┴─▶ gone
 //! ```
 //!
+//! Whoever waits may leave at any time (its client did): then a hand-off ends as abandoned, and one
+//! that is opened after that is refused.
+//!
 //! From `open` on, slots for the keys that are still to come are reserved; a key that has come is
 //! leased by the hand-off instead, so its space cannot be taken from it either.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::time::{Duration, Instant};
+
+use serde::Serialize;
 
 use super::index::{Owner, Waiter};
 use super::protocol::SlotRef;
@@ -20,10 +25,14 @@ use crate::handoff::HandoffId;
 /// The most hand-offs at a time.
 pub const MAX_HANDOFFS: usize = 65_536;
 
+/// Ids that were abandoned before they were opened, remembered for as long as a message takes.
+const MAX_UNWANTED: usize = 4096;
+
 /// Names a hand-off within the table; rises with its deadline.
 pub type Number = Waiter;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Stage {
     /// More keys may come.
     Open,
@@ -43,6 +52,7 @@ pub struct Handoff {
     pub consumed: bool,
     /// A chunk had to be written for it.
     pub wrote: bool,
+    pub opened: Instant,
     /// Keys that have come, leased.
     keys: HashSet<SlotRef>,
     /// How many of them are not Ready.
@@ -53,6 +63,11 @@ pub struct Handoff {
 }
 
 impl Handoff {
+    /// Keys that have come and are not Ready.
+    pub fn missing(&self) -> usize {
+        self.missing
+    }
+
     pub fn is_complete(&self) -> bool {
         self.missing == 0
     }
@@ -96,6 +111,9 @@ pub struct Handoffs {
     next: Number,
     reserved: u64,
     patience: Duration,
+    unwanted: HashSet<HandoffId>,
+    /// The same, the last one first.
+    unwanted_since: VecDeque<HandoffId>,
 }
 
 impl Handoffs {
@@ -106,7 +124,25 @@ impl Handoffs {
             next: 1,
             reserved: 0,
             patience,
+            unwanted: HashSet::new(),
+            unwanted_since: VecDeque::new(),
         }
+    }
+
+    /// Whoever waited for it is gone, and no prefill node has seen it yet.
+    pub fn will_not_open(&mut self, id: &HandoffId) {
+        if self.unwanted.insert(id.clone()) {
+            self.unwanted_since.push_front(id.clone());
+        }
+        if self.unwanted_since.len() > MAX_UNWANTED
+            && let Some(oldest) = self.unwanted_since.pop_back()
+        {
+            self.unwanted.remove(&oldest);
+        }
+    }
+
+    pub fn is_unwanted(&self, id: &HandoffId) -> bool {
+        self.unwanted.contains(id)
     }
 
     /// Slots that are set aside for keys to come, over all hand-offs.
@@ -139,6 +175,7 @@ impl Handoffs {
             stage: Stage::Open,
             consumed: false,
             wrote: false,
+            opened: now,
             keys: HashSet::new(),
             missing: 0,
             reserved: new.chunks,
@@ -217,6 +254,10 @@ impl Handoffs {
             .filter(|(_, handoff)| handoff.is_running() && handoff.owner == *owner)
             .map(|(&number, _)| number)
             .collect()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Handoff> {
+        self.table.values()
     }
 
     /// All of them.

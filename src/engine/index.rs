@@ -3,73 +3,86 @@
 //! ```text
 //!          insert              every rank committed
 //!  Free ──────────▶ Pending ───────────────────────▶ Ready ──┐
-//!   ▲                  │ producer gone, discarded      │     │ lease / unlease
-//!   │   release        ▼                               │  ◀──┘
+//!   ▲                  │ a rank discarded,             │     │ lease / unlease
+//!   │                  ▼ or the session was lost       │  ◀──┘
 //!   ├──────────── Quarantined                          │
-//!   └──────────────────────────────── evict ───────────┘ (not held, no children)
+//!   │  every rank is done, or reaped                   │
+//!   └──────────────────────────────── evict ───────────┘ (not held)
 //! ```
 //!
 //! A chunk's *parent* is the one before it in its prompt. A chunk is *held* when it is Pending,
-//! leased, or has a held child; what is not held can be freed, leaves first, so that no chunk
-//! outlives the prefix that makes it findable. `available` counts exactly that.
+//! leased, or has a held child; what is not held can be evicted, leaves first, so that no chunk
+//! outlives the prefix that makes it findable. `available` counts exactly that. `order` says which
+//! one goes first; `writes` knows who may still be writing where; `table` finds a key's slot.
 //!
 //! A slot's generation rises whenever a chunk leaves it, so (slot, generation) names one chunk for
-//! ever, and whoever holds a stale ref is refused.
+//! ever, and whoever holds a stale ref is refused. Nothing here walks over all slots: what a call
+//! costs depends on the chunks that it is about.
 
 #[cfg(test)]
 mod check;
 mod chunk;
+#[cfg(test)]
+mod cost;
+mod order;
+mod table;
+#[cfg(test)]
+mod traces;
+mod writes;
 
-use std::collections::{BTreeSet, HashMap};
-use std::sync::Arc;
+use std::hash::{BuildHasher, RandomState};
 
-pub use self::chunk::{Census, Committed, NewChunk, Owner, Resident, Waiter};
-use self::chunk::{Chunk, Slot, State};
+pub use self::chunk::{Census, Committed, Discarded, NewChunk, Owner, Resident, Waiter, Writer};
+use self::chunk::{Chunk, Key, NONE, Parent, Place, Slot};
+use self::order::Order;
+use self::table::Table;
+use self::writes::{Done, Writes};
 use super::arena::FIRST_GENERATION;
 use super::protocol::SlotRef;
 
 #[derive(Debug)]
 pub struct Index {
+    /// Those that have ever been used; the others follow.
     slots: Vec<Slot>,
-    generations: Vec<u32>,
+    capacity: u32,
+    /// Of `slots`.
     free: Vec<u32>,
-    by_key: HashMap<Arc<[u8]>, u32>,
-    /// Ready, not held, no children: by last use.
-    victims: BTreeSet<(u64, u32)>,
-    /// Chunks that are not held.
-    evictable: u32,
+    by_key: Table,
+    /// Keys come from outside: nobody can make them collide.
+    hasher: RandomState,
+    writes: Writes,
+    order: Order,
     /// Slots with a lease.
     leased: u32,
-    tick: u64,
     evictions: u64,
     /// Generations that rose since they were last taken.
     risen: Vec<SlotRef>,
 }
 
 impl Index {
-    pub fn new(slots: u32) -> Self {
-        let len = slots as usize;
+    /// For chunks that `world` ranks write.
+    pub fn new(slots: u32, world: u32) -> Self {
         Self {
-            slots: std::iter::repeat_with(|| Slot::Free).take(len).collect(),
-            generations: vec![FIRST_GENERATION; len],
-            free: (0..slots).rev().collect(),
-            by_key: HashMap::new(),
-            victims: BTreeSet::new(),
-            evictable: 0,
+            slots: Vec::with_capacity(slots as usize),
+            capacity: slots,
+            free: Vec::new(),
+            by_key: Table::new(slots),
+            hasher: RandomState::new(),
+            writes: Writes::new(world),
+            order: Order::new(slots),
             leased: 0,
-            tick: 0,
             evictions: 0,
             risen: Vec::new(),
         }
     }
 
     pub fn slots(&self) -> u32 {
-        u32::try_from(self.slots.len()).unwrap_or(u32::MAX)
+        self.capacity
     }
 
     /// Slots that new chunks can have: free ones and those of chunks that nothing holds.
     pub fn available(&self) -> u64 {
-        self.free.len() as u64 + u64::from(self.evictable)
+        u64::from(self.free()) + u64::from(self.order.evictable())
     }
 
     /// Slots under a lease.
@@ -81,12 +94,22 @@ impl Index {
         self.evictions
     }
 
+    pub fn census(&self) -> Census {
+        let pending = self.writes.pending();
+        Census {
+            free: self.free(),
+            pending,
+            ready: self.by_key.len() - pending,
+            quarantined: self.writes.quarantined(),
+        }
+    }
+
     pub fn find(&self, key: &[u8]) -> Option<Resident> {
-        let &slot = self.by_key.get(key)?;
+        let slot = self.position(self.hash(key), key)?;
         let chunk = self.chunk(slot)?;
         Some(Resident {
             at: self.reference(slot),
-            ready: chunk.is_ready(),
+            ready: chunk.ready,
             leased: chunk.leases > 0,
         })
     }
@@ -94,33 +117,29 @@ impl Index {
     /// Takes a slot for a Pending chunk, evicting if it must. `None`: nothing is available, or
     /// the key is there already.
     pub fn insert(&mut self, new: NewChunk<'_>) -> Option<SlotRef> {
-        if self.by_key.contains_key(new.key) {
+        let hash = self.hash(new.key);
+        if self.position(hash, new.key).is_some() {
             return None;
         }
-        if self.free.is_empty() {
-            let &(_, victim) = self.victims.first()?;
-            self.remove(victim, Slot::Free);
-            self.evictions += 1;
+        if self.free() == 0 {
+            self.evict()?;
         }
-        let slot = self.free.pop()?;
-        let key: Arc<[u8]> = new.key.into();
-        self.tick += 1;
-        let chunk = Chunk {
-            key: key.clone(),
+        let slot = self.take_free()?;
+        self.slots.get_mut(slot as usize)?.chunk = Some(Chunk {
+            key: Key::new(new.key),
             parent: None,
             children: 0,
             held_children: 0,
             leases: 0,
-            used: self.tick,
-            state: State::Pending {
-                owner: new.owner,
-                committed: 0,
-                waiters: Vec::new(),
-            },
-        };
-        *self.slots.get_mut(slot as usize)? = Slot::Used(chunk);
-        self.by_key.insert(key, slot);
+            before: NONE,
+            after: NONE,
+            place: Place::Held,
+            ready: false,
+            hot: false,
+        });
+        self.by_key.insert(hash, slot);
         let at = self.reference(slot);
+        self.writes.begin(at, new.owner);
         if let Some(parent) = new.parent {
             self.adopt(at, parent);
         }
@@ -128,25 +147,28 @@ impl Index {
     }
 
     /// Makes `parent` the parent of a chunk that has none and is nobody's parent itself (so no
-    /// circle can arise, whatever order the keys came in).
+    /// circle can arise, whatever order the keys came in). The parent is held: what is not has
+    /// its turn among the evictable ones already, and a child must not come after it.
     pub fn adopt(&mut self, child: SlotRef, parent: SlotRef) {
-        if child == parent || self.current(parent).is_none() {
+        let is_held = |chunk: &Chunk| chunk.is_held();
+        if child == parent || !self.current(parent).is_some_and(is_held) {
             return;
         }
         let Some(orphan) = self.current(child) else {
             return;
         };
-        let known = orphan.parent.and_then(|parent| self.current(parent));
+        let known = orphan.parent.and_then(|parent| self.current(parent.at()));
         if known.is_some() || orphan.children > 0 {
             return;
         }
-        let held = orphan.is_held();
+        let (held, hot) = (orphan.is_held(), orphan.hot);
         if let Some(orphan) = self.chunk_mut(child.slot) {
-            orphan.parent = Some(parent);
+            orphan.parent = Parent::new(parent);
         }
         self.change(parent.slot, |parent| {
             parent.children += 1;
             parent.held_children += u32::from(held);
+            parent.hot |= hot;
         });
     }
 
@@ -154,12 +176,7 @@ impl Index {
     pub fn lease(&mut self, at: SlotRef) -> bool {
         let live = self.current(at).is_some();
         if live {
-            self.tick += 1;
-            let tick = self.tick;
-            self.change(at.slot, |chunk| {
-                chunk.leases += 1;
-                chunk.used = tick;
-            });
+            self.change(at.slot, |chunk| chunk.leases += 1);
         }
         live
     }
@@ -173,78 +190,77 @@ impl Index {
         }
     }
 
+    /// Another request has asked for a leased or Pending chunk: it outlives those that are only
+    /// written.
+    pub fn reuse(&mut self, at: SlotRef) {
+        if let Some(chunk) = self.current_mut(at)
+            && chunk.is_held()
+        {
+            chunk.hot = true;
+        }
+    }
+
     /// Tells `waiter` when the chunk is Ready or dead. False: it is Ready, or the ref is stale.
     pub fn wait(&mut self, at: SlotRef, waiter: Waiter) -> bool {
-        match self.current_mut(at).map(|chunk| &mut chunk.state) {
-            Some(State::Pending { waiters, .. }) => {
-                waiters.push(waiter);
-                true
+        self.current(at).is_some() && self.writes.wait(at.slot, waiter)
+    }
+
+    /// A rank has written its part.
+    pub fn commit(&mut self, at: SlotRef, by: &Writer) -> Committed {
+        match self.writes.done(at, by) {
+            Done::Unknown => Committed::Ignored,
+            Done::Partly => Committed::Partly,
+            Done::Abandoned => Committed::Late,
+            Done::Freed => {
+                self.free.push(at.slot);
+                Committed::Late
             }
-            _ => false,
+            Done::Complete(waiters) => {
+                self.change(at.slot, |chunk| chunk.ready = true);
+                Committed::Ready(waiters)
+            }
         }
     }
 
-    /// `rank` (of `world`) of `by` has written its part.
-    pub fn commit(&mut self, at: SlotRef, by: &Owner, rank: u32, world: u32) -> Committed {
-        let all = u64::MAX.checked_shr(64 - world.min(64)).unwrap_or(0);
-        let ready = match self.current_mut(at).map(|chunk| &mut chunk.state) {
-            Some(State::Pending {
-                owner,
-                committed,
-                waiters,
-            }) if owner == by => {
-                *committed |= 1u64.checked_shl(rank).unwrap_or(0);
-                if *committed != all {
-                    return Committed::Partly;
-                }
-                std::mem::take(waiters)
-            }
-            _ => return Committed::Ignored,
-        };
-        self.tick += 1;
-        let tick = self.tick;
-        self.change(at.slot, |chunk| {
-            chunk.state = State::Ready;
-            chunk.used = tick;
-        });
-        Committed::Ready(ready)
-    }
-
-    /// A Pending chunk of `by` will never be complete. Its slot is out of use until
-    /// [`Index::release`]. `None`: a stale ref, or not this owner's.
-    pub fn discard(&mut self, at: SlotRef, by: &Owner) -> Option<Vec<Waiter>> {
-        match &self.current(at)?.state {
-            State::Pending { owner, .. } if owner == by => self.quarantine(at.slot),
-            _ => None,
+    /// A rank will not write its part, now or later: the chunk will never be complete. Its slot is
+    /// out of use until all ranks are done with it.
+    pub fn discard(&mut self, at: SlotRef, by: &Writer) -> Discarded {
+        let waiters = self
+            .writes
+            .is_pending(at, &by.owner)
+            .then(|| self.quarantine(at.slot));
+        let done = self.writes.done(at, by);
+        if matches!(done, Done::Freed) {
+            self.free.push(at.slot);
+        }
+        match (waiters, done) {
+            (Some(waiters), _) => Discarded::Now(waiters),
+            (None, Done::Unknown) => Discarded::Ignored,
+            (None, _) => Discarded::Late,
         }
     }
 
-    /// [`Index::discard`] for every Pending chunk of `by`.
+    /// Gives up every Pending chunk of `by`.
     pub fn discard_all(&mut self, by: &Owner) -> Vec<Waiter> {
-        let theirs = |slot: &Slot| match slot {
-            Slot::Used(chunk) => {
-                matches!(&chunk.state, State::Pending { owner, .. } if owner == by)
-            }
-            _ => false,
-        };
-        let slots = self.positions(theirs);
-        slots
-            .into_iter()
-            .filter_map(|slot| self.quarantine(slot))
-            .flatten()
-            .collect()
+        let pending = self.writes.pending_of(by).into_iter();
+        pending.flat_map(|slot| self.quarantine(slot)).collect()
+    }
+
+    /// `by` has ended every copy of its earlier sessions: it writes no quarantined slot any more.
+    pub fn returned(&mut self, by: &Writer) {
+        self.free.extend(self.writes.returned(by));
     }
 
     /// Nobody of `reaped` or before it can write any more: their quarantined slots are free.
     pub fn release(&mut self, reaped: &Owner) {
-        let covered =
-            |slot: &Slot| matches!(slot, Slot::Quarantined(owner) if owner.is_covered_by(reaped));
-        for slot in self.positions(covered) {
-            if let Some(place) = self.slots.get_mut(slot as usize) {
-                *place = Slot::Free;
-                self.free.push(slot);
-            }
-        }
+        self.free.extend(self.writes.reaped(reaped));
+    }
+
+    /// Evicts everything that is not held. How many chunks that were.
+    pub fn flush(&mut self) -> u32 {
+        let before = self.by_key.len();
+        while self.evict().is_some() {}
+        before - self.by_key.len()
     }
 
     /// Slots whose generation rose since the last call, with the new one.
@@ -252,55 +268,49 @@ impl Index {
         std::mem::take(&mut self.risen)
     }
 
-    pub fn census(&self) -> Census {
-        let mut census = Census::default();
-        for slot in &self.slots {
-            *match slot {
-                Slot::Free => &mut census.free,
-                Slot::Quarantined(_) => &mut census.quarantined,
-                Slot::Used(chunk) if chunk.is_ready() => &mut census.ready,
-                Slot::Used(_) => &mut census.pending,
-            } += 1;
+    fn free(&self) -> u32 {
+        let used = u32::try_from(self.slots.len()).unwrap_or(u32::MAX);
+        let freed = u32::try_from(self.free.len()).unwrap_or(u32::MAX);
+        self.capacity - used + freed
+    }
+
+    fn take_free(&mut self) -> Option<u32> {
+        if let Some(slot) = self.free.pop() {
+            return Some(slot);
         }
-        census
-    }
-
-    fn positions(&self, wanted: impl Fn(&Slot) -> bool) -> Vec<u32> {
-        (0..)
-            .zip(&self.slots)
-            .filter_map(|(at, slot)| wanted(slot).then_some(at))
-            .collect()
-    }
-
-    fn quarantine(&mut self, slot: u32) -> Option<Vec<Waiter>> {
-        let State::Pending { owner, .. } = &self.chunk(slot)?.state else {
+        let slot = u32::try_from(self.slots.len()).ok()?;
+        if slot >= self.capacity {
             return None;
-        };
-        let owner = owner.clone();
-        match self.remove(slot, Slot::Quarantined(owner))?.state {
-            State::Pending { waiters, .. } => Some(waiters),
-            State::Ready => None,
         }
+        self.slots.push(Slot {
+            generation: FIRST_GENERATION,
+            chunk: None,
+        });
+        Some(slot)
     }
 
-    /// Takes the chunk out of its slot. Its children, if any, go on as orphans.
-    fn remove(&mut self, slot: u32, next: Slot) -> Option<Chunk> {
-        self.chunk(slot)?;
-        let freed = matches!(next, Slot::Free);
-        let place = self.slots.get_mut(slot as usize)?;
-        let Slot::Used(chunk) = std::mem::replace(place, next) else {
-            return None;
-        };
-        if freed {
-            self.free.push(slot);
-        }
+    fn evict(&mut self) -> Option<()> {
+        let victim = self.order.victim()?;
+        self.remove(victim)?;
+        self.free.push(victim);
+        self.evictions += 1;
+        Some(())
+    }
+
+    fn quarantine(&mut self, slot: u32) -> Vec<Waiter> {
+        self.remove(slot);
+        self.writes.quarantine(slot)
+    }
+
+    /// Takes the chunk out of its slot, which is nobody's then. Its children go on as orphans.
+    fn remove(&mut self, slot: u32) -> Option<()> {
+        self.unlist(slot);
+        let chunk = self.slots.get_mut(slot as usize)?.chunk.take()?;
         self.raise(slot);
-        self.by_key.remove(&chunk.key);
-        self.victims.remove(&(chunk.used, slot));
+        self.by_key.remove(self.hash(chunk.key.as_bytes()), slot);
         self.leased -= u32::from(chunk.leases > 0);
         let held = chunk.is_held();
-        self.evictable -= u32::from(!held);
-        if let Some(parent) = chunk.parent
+        if let Some(parent) = chunk.parent.map(Parent::at)
             && self.current(parent).is_some()
         {
             self.change(parent.slot, |parent| {
@@ -308,85 +318,53 @@ impl Index {
                 parent.held_children = parent.held_children.saturating_sub(u32::from(held));
             });
         }
-        Some(chunk)
+        Some(())
     }
 
     fn raise(&mut self, slot: u32) {
-        if let Some(generation) = self.generations.get_mut(slot as usize) {
-            *generation = generation.checked_add(1).unwrap_or(FIRST_GENERATION);
+        if let Some(slot) = self.slots.get_mut(slot as usize) {
+            let next = slot.generation.checked_add(1);
+            slot.generation = next.unwrap_or(FIRST_GENERATION);
         }
         let risen = self.reference(slot);
         self.risen.push(risen);
     }
 
-    /// Changes a chunk and carries what that means for `held` up to its ancestors.
-    fn change(&mut self, slot: u32, change: impl FnOnce(&mut Chunk)) {
-        let mut above = self.change_one(slot, change);
-        while let Some((parent, held)) = above {
-            above = self.change_one(parent, |parent| {
-                parent.held_children = if held {
-                    parent.held_children + 1
-                } else {
-                    parent.held_children.saturating_sub(1)
-                };
-            });
-        }
+    fn hash(&self, key: &[u8]) -> u32 {
+        (self.hasher.hash_one(key) >> 32) as u32
     }
 
-    /// The parent to tell, and whether this child is held now, if that changed.
-    fn change_one(&mut self, slot: u32, change: impl FnOnce(&mut Chunk)) -> Option<(u32, bool)> {
-        let chunk = self.chunk_mut(slot)?;
-        let (was_held, was_leased) = (chunk.is_held(), chunk.leases > 0);
-        let was_victim = chunk.is_victim().then_some((chunk.used, slot));
-        change(chunk);
-        let (held, leased) = (chunk.is_held(), chunk.leases > 0);
-        let victim = chunk.is_victim().then_some((chunk.used, slot));
-        let parent = chunk.parent;
-        if was_victim != victim {
-            if let Some(old) = was_victim {
-                self.victims.remove(&old);
-            }
-            self.victims.extend(victim);
-        }
-        self.leased = self.leased + u32::from(leased) - u32::from(was_leased);
-        self.evictable = self.evictable + u32::from(!held) - u32::from(!was_held);
-        let parent = parent.filter(|&parent| self.current(parent).is_some())?;
-        (held != was_held).then_some((parent.slot, held))
+    fn position(&self, hash: u32, key: &[u8]) -> Option<u32> {
+        let is_it = |slot| self.chunk(slot).is_some_and(|c| c.key.as_bytes() == key);
+        self.by_key.find(hash, is_it)
     }
 
     fn reference(&self, slot: u32) -> SlotRef {
-        let generation = self.generations.get(slot as usize).copied();
+        let known = self.slots.get(slot as usize);
         SlotRef {
             slot,
-            generation: generation.unwrap_or_default(),
+            generation: known.map_or(FIRST_GENERATION, |slot| slot.generation),
         }
     }
 
     fn chunk(&self, slot: u32) -> Option<&Chunk> {
-        match self.slots.get(slot as usize)? {
-            Slot::Used(chunk) => Some(chunk),
-            _ => None,
-        }
+        self.slots.get(slot as usize)?.chunk.as_ref()
     }
 
     fn chunk_mut(&mut self, slot: u32) -> Option<&mut Chunk> {
-        match self.slots.get_mut(slot as usize)? {
-            Slot::Used(chunk) => Some(chunk),
-            _ => None,
-        }
+        self.slots.get_mut(slot as usize)?.chunk.as_mut()
     }
 
     fn current(&self, at: SlotRef) -> Option<&Chunk> {
-        (self.reference(at.slot) == at)
-            .then(|| self.chunk(at.slot))
-            .flatten()
+        let slot = self.slots.get(at.slot as usize)?;
+        slot.chunk
+            .as_ref()
+            .filter(|_| slot.generation == at.generation)
     }
 
     fn current_mut(&mut self, at: SlotRef) -> Option<&mut Chunk> {
-        if self.reference(at.slot) == at {
-            self.chunk_mut(at.slot)
-        } else {
-            None
-        }
+        let slot = self.slots.get_mut(at.slot as usize)?;
+        let current = slot.generation == at.generation;
+        slot.chunk.as_mut().filter(|_| current)
     }
 }

@@ -1,28 +1,37 @@
 //! The engine's figures for `/metrics`, read from the store at each scrape.
 
+//! Names follow Prometheus: base units, `_total` on what only rises, histograms for durations. What
+//! is labelled by `node` names the vLLM node that said or did it.
+
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Instant;
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, NoLabelSet};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::Unit;
 
+use super::latency::Latencies;
+use super::protocol::SessionKind;
 use super::server::Shared;
-use super::stats::EngineStats;
-use super::store::Store;
+use super::stats::{EngineStats, NodeCounters};
 
 #[derive(Debug)]
 pub struct EngineCollector(pub Arc<Shared>);
 
 impl Collector for EngineCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let stats = self.0.read(Store::stats);
+        let stats = self.0.read(|store| store.stats(Instant::now()));
         gauges(&mut encoder, &stats, self.0.is_up())?;
         counters(&mut encoder, &stats)?;
         arena(&mut encoder, stats.arena_bytes, self.0.prefaulted())?;
-        labelled(&mut encoder, &stats)
+        by_node(&mut encoder, &stats)?;
+        by_outcome(&mut encoder, &stats)?;
+        histograms(&mut encoder, &stats)
     }
 }
 
@@ -48,13 +57,13 @@ fn gauges(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats, up: bool) ->
         ("slots_leased", "Slots that are pinned", stats.leased.into()),
         (
             "slots_quarantined",
-            "Slots that wait for dead processes to be reaped",
+            "Slots that a lost session may still be writing",
             stats.quarantined.into(),
         ),
         (
-            "sessions",
-            "Connected vLLM processes",
-            stats.sessions.len() as u64,
+            "slots_reserved",
+            "Slots set aside for hand-offs",
+            stats.reserved,
         ),
         (
             "handoffs_open",
@@ -66,6 +75,31 @@ fn gauges(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats, up: bool) ->
         let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
         let name = format!("pegaflow_engine_{name}");
         gauge.encode(encoder.encode_descriptor(&name, help, None, gauge.metric_type())?)?;
+    }
+    let oldest = ConstGauge::new(stats.oldest_lease_seconds);
+    oldest.encode(encoder.encode_descriptor(
+        "pegaflow_engine_oldest_lease_age",
+        "How long the oldest lease of a request has lasted",
+        Some(&Unit::Seconds),
+        oldest.metric_type(),
+    )?)?;
+    let mut sessions: BTreeMap<(&str, &str), i64> = BTreeMap::new();
+    for session in &stats.sessions {
+        let kind = match session.kind {
+            SessionKind::Scheduler => "scheduler",
+            SessionKind::Worker => "worker",
+        };
+        *sessions.entry((session.node.as_str(), kind)).or_default() += 1;
+    }
+    let mut family = encoder.encode_descriptor(
+        "pegaflow_engine_sessions",
+        "Connected vLLM processes",
+        None,
+        MetricType::Gauge,
+    )?;
+    for ((node, kind), count) in sessions {
+        let labels = [("node", node), ("kind", kind)];
+        ConstGauge::new(count).encode(family.encode_family(&labels)?)?;
     }
     Ok(())
 }
@@ -88,15 +122,8 @@ fn arena(encoder: &mut DescriptorEncoder<'_>, bytes: u64, prefaulted: u64) -> fm
 
 fn counters(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats) -> fmt::Result {
     let c = &stats.counters;
-    let counters: [(&str, &str, u64); 18] = [
+    let counters: [(&str, &str, u64); 11] = [
         ("lookups", "Lookups", c.lookups),
-        ("lookup_hits", "Keys found", c.hits),
-        ("lookup_misses", "Keys not found", c.misses),
-        (
-            "lookup_pending",
-            "Keys found while being written",
-            c.pending_hits,
-        ),
         ("evictions", "Chunks evicted", stats.evictions),
         ("stores_refused", "Stores without space", c.stores_refused),
         (
@@ -104,8 +131,6 @@ fn counters(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats) -> fmt::Re
             "Chunk parts saved, ranks counted apart",
             c.saved_chunks,
         ),
-        ("saved_bytes", "Bytes saved", c.saved_bytes),
-        ("save_micros", "Microseconds spent saving", c.save_micros),
         (
             "discarded_chunks",
             "Chunks that could not be saved",
@@ -117,8 +142,6 @@ fn counters(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats) -> fmt::Re
             c.stale_refs,
         ),
         ("loaded_chunks", "Chunk parts loaded", c.loaded_chunks),
-        ("loaded_bytes", "Bytes loaded", c.loaded_bytes),
-        ("load_micros", "Microseconds spent loading", c.load_micros),
         ("failed_loads", "Loads that failed", c.failed_loads),
         ("sessions_opened", "Sessions opened", c.sessions_opened),
         ("sessions_refused", "Sessions refused", c.sessions_refused),
@@ -136,24 +159,97 @@ fn counters(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats) -> fmt::Re
     Ok(())
 }
 
-/// Hand-offs by how they ended.
-fn labelled(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats) -> fmt::Result {
+fn by_node(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats) -> fmt::Result {
+    type Figure = fn(&NodeCounters) -> u64;
+    let figures: [(&str, &str, Figure); 5] = [
+        ("lookup_hits", "Keys found", |node| node.hits),
+        ("lookup_misses", "Keys not found", |node| node.misses),
+        ("lookup_pending", "Keys found while being written", |node| {
+            node.pending_hits
+        }),
+        ("saved_bytes", "Bytes saved", |node| node.saved_bytes),
+        ("loaded_bytes", "Bytes loaded", |node| node.loaded_bytes),
+    ];
+    for (name, help, figure) in figures {
+        let values = stats.counters.nodes.iter();
+        let values = values.map(|(node, counters)| (node.as_str(), figure(counters)));
+        family(encoder, (name, help, "node"), values)?;
+    }
+    Ok(())
+}
+
+/// Hand-offs and sessions by how they ended.
+fn by_outcome(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats) -> fmt::Result {
     let c = &stats.counters;
     let stored = c.handoffs_already_stored;
     let fired = [
         ("fired", c.handoffs_fired.saturating_sub(stored)),
         ("already_stored", stored),
     ];
-    let failed = c.handoffs_failed.iter().map(|(&why, &count)| (why, count));
-    let mut family = encoder.encode_descriptor(
-        "pegaflow_engine_handoffs",
-        "Hand-offs by outcome",
-        None,
-        MetricType::Counter,
+    let plain = |counts: &BTreeMap<&'static str, u64>| {
+        let counts = counts.iter().map(|(&label, &count)| (label, count));
+        counts.collect::<Vec<_>>()
+    };
+    let outcomes = fired.into_iter().chain(plain(&c.handoffs_failed));
+    family(
+        encoder,
+        ("handoffs", "Hand-offs by outcome", "outcome"),
+        outcomes,
     )?;
-    for (outcome, count) in fired.into_iter().chain(failed) {
-        let counter = ConstCounter::new(count);
-        counter.encode(family.encode_family(&[("outcome", outcome)])?)?;
+    let released = (
+        "handoffs_released",
+        "Fired hand-offs, by what ended them",
+        "how",
+    );
+    family(encoder, released, plain(&c.handoffs_released))?;
+    let lost = ("sessions_lost", "Sessions that ended, by why", "why");
+    family(encoder, lost, plain(&c.sessions_lost))
+}
+
+/// Counters that differ in one label: (name, help, label), and a value for each.
+fn family<'a>(
+    encoder: &mut DescriptorEncoder<'_>,
+    (name, help, label): (&str, &str, &str),
+    values: impl IntoIterator<Item = (&'a str, u64)>,
+) -> fmt::Result {
+    let name = format!("pegaflow_engine_{name}");
+    let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Counter)?;
+    for (value, count) in values {
+        ConstCounter::new(count).encode(family.encode_family(&[(label, value)])?)?;
+    }
+    Ok(())
+}
+
+fn histograms(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats) -> fmt::Result {
+    let c = &stats.counters;
+    let histograms: [(&str, &str, &Latencies); 3] = [
+        (
+            "save_duration",
+            "A rank's copy into the store",
+            &c.save_seconds,
+        ),
+        (
+            "load_duration",
+            "A rank's copy out of the store",
+            &c.load_seconds,
+        ),
+        (
+            "handoff_duration",
+            "From a hand-off's opening to the moment when all of it was stored",
+            &c.handoff_seconds,
+        ),
+    ];
+    for (name, help, latencies) in histograms {
+        let name = format!("pegaflow_engine_{name}");
+        let (unit, kind) = (Some(&Unit::Seconds), MetricType::Histogram);
+        encoder
+            .encode_descriptor(&name, help, unit, kind)?
+            .encode_histogram::<NoLabelSet>(
+                latencies.sum(),
+                latencies.count(),
+                &latencies.buckets(),
+                None,
+            )?;
     }
     Ok(())
 }

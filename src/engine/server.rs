@@ -29,7 +29,7 @@ use super::protocol::{
     ClientMessage, Hello, MAX_FRAME, MAX_HELLO, RefusalCode, Refused, ServerMessage, SessionKind,
     Welcome,
 };
-use super::store::{Action, SessionId, Store};
+use super::store::{Action, Lost, SessionId, Store};
 use crate::handoff::{HandoffBoard, HandoffFailure};
 use crate::plan::ArenaPlan;
 
@@ -143,10 +143,10 @@ impl Shared {
         })
     }
 
-    fn leave(&self, session: SessionId) {
+    fn leave(&self, session: SessionId, why: Lost) {
         if let Ok(mut state) = self.state.lock() {
             state.closers.remove(&session);
-            state.store.disconnect(session);
+            state.store.disconnect(session, why);
             state.carry_out(&self.board);
         }
     }
@@ -186,11 +186,12 @@ struct Admission {
 struct Presence<'a> {
     shared: &'a Shared,
     session: SessionId,
+    ended: Lost,
 }
 
 impl Drop for Presence<'_> {
     fn drop(&mut self) {
-        self.shared.leave(self.session);
+        self.shared.leave(self.session, self.ended);
     }
 }
 
@@ -202,7 +203,12 @@ pub async fn serve(listener: UnixListener, shared: Arc<Shared>) -> Result<(), Jo
         tokio::select! {
             () = shared.stop.cancelled() => break Ok(()),
             _ = tick.tick() => {
-                if shared.with(|store| store.expire(Instant::now())).is_none() {
+                let abandoned = shared.board.take_abandoned();
+                let kept = shared.with(|store| {
+                    abandoned.iter().for_each(|id| store.abandon(id));
+                    store.expire(Instant::now());
+                });
+                if kept.is_none() {
                     tracing::error!("a change of the store panicked half way");
                     break Ok(());
                 }
@@ -263,9 +269,10 @@ async fn connection(mut stream: UnixStream, shared: &Shared) {
             return;
         }
     };
-    let _presence = Presence {
+    let mut presence = Presence {
         shared,
         session: admission.welcome.session,
+        ended: Lost::Closed,
     };
     let closer = admission.closer.clone();
     let served = tokio::select! {
@@ -275,6 +282,11 @@ async fn connection(mut stream: UnixStream, shared: &Shared) {
     if let Err(error) = served {
         tracing::warn!(node = name, %error, "closing a session");
         shared.with(Store::count_broken);
+        presence.ended = match error {
+            SessionError::Protocol(_) => Lost::Broken,
+            SessionError::Slow => Lost::Slow,
+            SessionError::Io(_) | SessionError::Down => Lost::Closed,
+        };
     }
 }
 

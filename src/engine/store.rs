@@ -4,13 +4,29 @@
 //! the hand-off board, close a session) comes back as [`Action`]s, in order, and is done before
 //! the answer is sent.
 //!
+//! ```text
+//!              hello                 ended, broken, replaced
+//!   (nobody) ─────────▶ connected ─────────────────────────▶ lost, and its siblings with it
+//!                           ▲                                     │ hello      │ reaped
+//!                           └─────────────────────────────────────┘            ▼
+//!                                                                            gone
+//! ```
+//!
+//! The sessions of one incarnation stand and fall together: when one is lost, nobody can say which
+//! of its words to the others were lost with it, so the others are closed, what is Pending is given
+//! up, its hand-offs fail at once, and all of them say hello again. A second hello of the same
+//! worker or scheduler replaces the first, which is the same loss.
+//!
 //! Two promises shape it:
-//! - **No slot is reused under a living reader or writer.** What a session leaves behind (Pending
-//!   chunks, leases) is invisible or kept, but not freed, until [`Store::incarnation_gone`].
+//! - **No slot is reused under a living reader or writer.** What a lost incarnation leaves behind
+//!   (Pending chunks, leases) is invisible or kept, but not freed, until every rank that may still be
+//!   copying has said hello again, or [`Store::incarnation_gone`].
 //! - **What is reserved stays available**: `index.available() >= handoffs.reserved()` holds after
 //!   every message, so a hand-off that was opened is never starved by another one half way.
 
 mod admission;
+mod finding;
+mod report;
 mod saving;
 #[cfg(test)]
 mod tests;
@@ -22,8 +38,8 @@ use std::time::{Duration, Instant};
 use serde_bytes::ByteBuf;
 
 use super::arena::Shape;
-use super::handoffs::{Handoffs, NewHandoff, Number, Stage};
-use super::index::{Committed, Index, Owner, Waiter};
+use super::handoffs::{Handoff, Handoffs, NewHandoff, Number, Stage};
+use super::index::{Committed, Discarded, Index, Owner, Waiter, Writer};
 use super::protocol::{
     ClientMessage, Commit, Discard, Found, GROUP_LEN, KeyQuery, KeyState, Namespace, Open,
     ProtocolError, ServerMessage, SessionKind, SlotRef,
@@ -51,6 +67,37 @@ pub struct StoreConfig {
     pub first_epoch: u64,
 }
 
+/// Why a session ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lost {
+    /// The peer closed it, or the connection failed.
+    Closed,
+    /// What came was not the protocol.
+    Broken,
+    /// Nothing was read, or the rest of a frame did not come, in time.
+    Slow,
+    /// Another session of its incarnation was lost.
+    Sibling,
+    /// The same worker or scheduler said hello again.
+    Replaced,
+    /// Its processes are gone.
+    Reaped,
+}
+
+impl Lost {
+    /// A stable label for metrics.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Closed => "closed",
+            Self::Broken => "broken",
+            Self::Slow => "slow",
+            Self::Sibling => "sibling",
+            Self::Replaced => "replaced",
+            Self::Reaped => "reaped",
+        }
+    }
+}
+
 /// What is to be done outside, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
@@ -71,8 +118,8 @@ pub struct Store {
     handoffs: Handoffs,
     sessions: BTreeMap<SessionId, Session>,
     next_session: SessionId,
-    /// Leases of incarnations that lost their session and may still be reading.
-    departed: HashMap<Owner, Vec<SlotRef>>,
+    /// Leases of incarnations that were lost and may still be reading.
+    departed: HashMap<Owner, Departed>,
     /// The last incarnation of each node of which no process is left.
     gone: HashMap<NodeId, u64>,
     counters: Counters,
@@ -89,8 +136,19 @@ struct Session {
 }
 
 #[derive(Debug, Default)]
+struct Departed {
+    leases: Vec<SlotRef>,
+    /// When the first of them was given.
+    since: Option<Instant>,
+    /// Ranks that have not said hello since, a bit each.
+    reading: u64,
+}
+
+#[derive(Debug, Default)]
 struct Request {
     leases: Vec<SlotRef>,
+    /// When they were given.
+    since: Option<Instant>,
     /// The last chunk known of each KV group: the parent of the next one.
     tails: Tails,
     handoff: Option<Number>,
@@ -108,7 +166,7 @@ impl Store {
             epoch: config.first_epoch.saturating_sub(1),
             namespace: None,
             shape: None,
-            index: Index::new(0),
+            index: Index::new(0, 1),
             handoffs: Handoffs::new(config.handoff_deadline),
             sessions: BTreeMap::new(),
             next_session: 1,
@@ -158,32 +216,65 @@ impl Store {
             (SessionKind::Scheduler, M::Finish(name)) => self.finish(session, &name.request),
             (SessionKind::Worker, M::Commit(commit)) => self.commit(session, &commit, now)?,
             (SessionKind::Worker, M::Discard(discard)) => self.discard(session, &discard)?,
-            (SessionKind::Worker, M::Loaded(loaded)) => self.counters.loaded(loaded),
+            (SessionKind::Worker, M::Loaded(loaded)) => self.loaded(session, loaded),
             _ => return Err(misplaced),
         }
         Ok(None)
     }
 
-    /// A connection ended.
-    pub fn disconnect(&mut self, id: SessionId) {
-        let Some(session) = self.sessions.remove(&id) else {
+    /// A connection ended. Its siblings are closed with it.
+    pub fn disconnect(&mut self, id: SessionId, why: Lost) {
+        let Some(owner) = self.owner_of(id) else {
             return;
         };
-        let leases: Vec<_> = session
-            .requests
-            .into_values()
-            .flat_map(|request| request.leases)
-            .collect();
-        if !leases.is_empty() {
-            let kept = self.departed.entry(session.owner.clone()).or_default();
-            kept.extend(leases);
+        let siblings = self
+            .sessions
+            .iter()
+            .filter(|(other, session)| **other != id && session.owner == owner)
+            .map(|(&other, _)| other);
+        let siblings: Vec<_> = siblings.collect();
+        let mut requests = self.lose(id, why);
+        for sibling in siblings {
+            requests.extend(self.lose(sibling, Lost::Sibling));
+            self.actions.push(Action::Close(sibling));
         }
-        let waiters = self.index.discard_all(&session.owner);
+        requests.retain(|request| !request.leases.is_empty());
+        if !requests.is_empty() {
+            let departed = self.departed.entry(owner.clone()).or_default();
+            for request in requests {
+                departed.since = departed.since.into_iter().chain(request.since).min();
+                departed.leases.extend(request.leases);
+            }
+            departed.reading = all_ranks(self.namespace.as_ref().map_or(1, |(_, world)| *world));
+        }
+        let waiters = self.index.discard_all(&owner);
         self.sync_generations();
-        let running = self.handoffs.running_of(&session.owner);
+        let running = self.handoffs.running_of(&owner);
         for number in running.into_iter().chain(waiters) {
             self.fail(number, HandoffFailure::ProducerDied);
         }
+    }
+
+    /// A worker says hello: no copy of its earlier sessions is running any more.
+    fn returned(&mut self, by: &Writer) {
+        self.index.returned(by);
+        if let Some(departed) = self.departed.get_mut(&by.owner) {
+            departed.reading &= !rank_bit(by.rank);
+            if departed.reading == 0
+                && let Some(departed) = self.departed.remove(&by.owner)
+            {
+                self.unlease_all(departed.leases);
+            }
+        }
+    }
+
+    /// Takes a session out; its requests are left.
+    fn lose(&mut self, id: SessionId, why: Lost) -> Vec<Request> {
+        let Some(session) = self.sessions.remove(&id) else {
+            return Vec::new();
+        };
+        *self.counters.sessions_lost.entry(why.label()).or_default() += 1;
+        session.requests.into_values().collect()
     }
 
     /// Counts a session that broke the protocol or did not read its answers.
@@ -203,16 +294,23 @@ impl Store {
             .map(|(&id, _)| id)
             .collect();
         for id in late {
-            self.disconnect(id);
+            self.disconnect(id, Lost::Reaped);
             self.actions.push(Action::Close(id));
         }
         self.index.release(reaped);
-        let (over, rest) = mem::take(&mut self.departed)
-            .into_iter()
-            .partition(|(owner, _)| owner.is_covered_by(reaped));
-        self.departed = rest;
-        let over: HashMap<Owner, Vec<SlotRef>> = over;
-        self.unlease_all(over.into_values().flatten());
+        let over = self
+            .departed
+            .extract_if(|owner, _| owner.is_covered_by(reaped));
+        let over: Vec<_> = over.map(|(_, departed)| departed.leases).collect();
+        self.unlease_all(over.into_iter().flatten());
+    }
+
+    /// Nobody waits for this hand-off any more.
+    pub fn abandon(&mut self, id: &HandoffId) {
+        match self.handoffs.number(id) {
+            Some(number) => self.fail(number, HandoffFailure::Abandoned),
+            None => self.handoffs.will_not_open(id),
+        }
     }
 
     /// Ends what has lasted too long.
@@ -220,136 +318,6 @@ impl Store {
         while let Some(number) = self.handoffs.overdue(now) {
             self.fail(number, HandoffFailure::Deadline);
         }
-    }
-
-    pub fn stats(&self) -> EngineStats {
-        let census = self.index.census();
-        let session = |session: &Session| SessionStats {
-            node: session.owner.node.clone(),
-            incarnation: session.owner.incarnation,
-            kind: session.kind,
-            rank: session.rank,
-            pid: session.pid,
-        };
-        EngineStats {
-            epoch: self.arena().map_or(0, |(epoch, _)| epoch),
-            slots: self.index.slots(),
-            used: self.index.slots() - census.free,
-            ready: census.ready,
-            pending: census.pending,
-            leased: self.index.leased(),
-            quarantined: census.quarantined,
-            reserved: self.handoffs.reserved(),
-            handoffs_open: self.handoffs.len() as u64,
-            arena_bytes: self.shape.map_or(0, |shape| shape.arena_bytes),
-            evictions: self.index.evictions(),
-            namespace: self.namespace.clone().unwrap_or_default().0,
-            sessions: self.sessions.values().map(session).collect(),
-            counters: self.counters.clone(),
-        }
-    }
-
-    fn lookup(
-        &mut self,
-        id: SessionId,
-        query: &KeyQuery,
-        now: Instant,
-    ) -> Result<Found, ProtocolError> {
-        let keys = query.keys()?;
-        let mut request = self.take_request(id, &query.request)?;
-        self.unlease_all(mem::take(&mut request.leases));
-        let handoff = self.named_handoff(query)?;
-        let producing = handoff.filter(|&number| self.produces(id, number));
-
-        let mut states = Vec::with_capacity(keys.len());
-        let mut refs = Vec::with_capacity(keys.len());
-        let mut tails = Tails::new();
-        let mut broken = HashSet::new();
-        for key in &keys {
-            let group = group(key);
-            let state = match self.index.find(key) {
-                None => KeyState::Miss,
-                Some(found) => {
-                    // Only what is held becomes a parent here, so nothing that was available
-                    // stops being so.
-                    if let Some(&parent) = tails.get(&group) {
-                        self.index.adopt(found.at, parent);
-                    }
-                    let leased = found.ready && self.lease_for(producing, found.at);
-                    match (found.ready, leased) {
-                        (false, _) => KeyState::Pending,
-                        (true, false) => KeyState::Miss,
-                        (true, true) => {
-                            request.leases.push(found.at);
-                            refs.push(found.at);
-                            KeyState::Hit
-                        }
-                    }
-                }
-            };
-            match self.index.find(key) {
-                Some(found) if state != KeyState::Miss && !broken.contains(&group) => {
-                    tails.insert(group, found.at);
-                }
-                _ => {
-                    broken.insert(group);
-                }
-            }
-            if state != KeyState::Hit {
-                refs.push(SlotRef::NONE);
-            }
-            states.push(state as u8);
-        }
-        self.counters.lookups += 1;
-        for &state in &states {
-            *match state {
-                0 => &mut self.counters.misses,
-                1 => &mut self.counters.hits,
-                _ => &mut self.counters.pending_hits,
-            } += 1;
-        }
-        request.tails = tails;
-        let complete = !states.is_empty() && states.iter().all(|&s| s == KeyState::Hit as u8);
-        self.put_request(id, &query.request, request);
-        match (handoff, producing) {
-            (_, Some(number)) if complete => self.fire_if_complete(number, now),
-            (Some(number), None) => self.consume(number, id),
-            _ => {}
-        }
-        Ok(Found {
-            seq: query.seq,
-            states: ByteBuf::from(states),
-            refs: SlotRef::encode_all(refs),
-        })
-    }
-
-    /// Leases a Ready chunk to a request, unless too much is leased or what is left is reserved.
-    /// A prefill node's find also counts for its hand-off.
-    fn lease_for(&mut self, handoff: Option<Number>, at: SlotRef) -> bool {
-        if let Some(number) = handoff
-            && self.handoffs.get(number).is_some_and(|h| !h.holds(at))
-        {
-            let reserved = self.handoffs.get(number).map_or(0, |h| h.reserved().min(1));
-            if !self.index.lease(at) {
-                return false;
-            }
-            if self.index.available() < self.handoffs.reserved() - u64::from(reserved) {
-                self.index.unlease(at);
-                return false;
-            }
-            self.handoffs.add(number, at, true);
-        }
-        let before = self.index.leased();
-        if !self.index.lease(at) {
-            return false;
-        }
-        let cap = (u64::from(self.index.slots()) * LEASE_PERCENT / 100).max(1);
-        let too_many = self.index.leased() > before && u64::from(self.index.leased()) > cap;
-        if too_many || self.index.available() < self.handoffs.reserved() {
-            self.index.unlease(at);
-            return false;
-        }
-        true
     }
 
     fn release(&mut self, id: SessionId, name: &str) {
@@ -407,6 +375,14 @@ impl Store {
         self.actions
             .extend(risen.into_iter().map(Action::Generation));
     }
+}
+
+fn rank_bit(rank: u32) -> u64 {
+    1u64.checked_shl(rank).unwrap_or(0)
+}
+
+fn all_ranks(world: u32) -> u64 {
+    u64::MAX.checked_shr(64 - world.min(64)).unwrap_or(0)
 }
 
 fn check_name(name: &str) -> Result<(), ProtocolError> {

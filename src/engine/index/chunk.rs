@@ -1,7 +1,5 @@
 //! What a slot holds, and what is asked and answered about it.
 
-use std::sync::Arc;
-
 use crate::engine::protocol::SlotRef;
 use crate::fleet::NodeId;
 
@@ -19,50 +17,109 @@ impl Owner {
     }
 }
 
+/// One worker of an owner.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Writer {
+    pub owner: Owner,
+    pub rank: u32,
+}
+
 /// Who waits for a Pending chunk (a hand-off's number).
 pub type Waiter = u64;
 
+/// Where no slot is.
+pub const NONE: u32 = u32::MAX;
+
+/// A slot that has ever been in use. Kept small: there is one per chunk of the arena.
 #[derive(Debug)]
-pub enum Slot {
-    Free,
-    Quarantined(Owner),
-    Used(Chunk),
+pub struct Slot {
+    /// Of the chunk in it, or of the next one.
+    pub generation: u32,
+    pub chunk: Option<Chunk>,
 }
 
 #[derive(Debug)]
 pub struct Chunk {
-    pub key: Arc<[u8]>,
-    pub parent: Option<SlotRef>,
+    pub key: Key,
+    pub parent: Option<Parent>,
     pub children: u32,
     pub held_children: u32,
     pub leases: u32,
-    /// The tick of the last use.
-    pub used: u64,
-    pub state: State,
-}
-
-#[derive(Debug)]
-pub enum State {
-    Pending {
-        owner: Owner,
-        /// A bit per rank.
-        committed: u64,
-        waiters: Vec<Waiter>,
-    },
-    Ready,
+    /// Neighbours in the list of `place`.
+    pub before: u32,
+    pub after: u32,
+    pub place: Place,
+    pub ready: bool,
+    /// Asked for again since it was written.
+    pub hot: bool,
 }
 
 impl Chunk {
-    pub fn is_ready(&self) -> bool {
-        matches!(self.state, State::Ready)
-    }
-
     pub fn is_held(&self) -> bool {
-        !self.is_ready() || self.leases > 0 || self.held_children > 0
+        !self.ready || self.leases > 0 || self.held_children > 0
+    }
+}
+
+/// A [`SlotRef`] that is never [`SlotRef::NONE`], so that an absent one takes no room.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parent {
+    slot: u32,
+    generation: std::num::NonZeroU32,
+}
+
+impl Parent {
+    pub fn new(at: SlotRef) -> Option<Self> {
+        let generation = std::num::NonZeroU32::new(at.generation)?;
+        Some(Self {
+            slot: at.slot,
+            generation,
+        })
     }
 
-    pub fn is_victim(&self) -> bool {
-        !self.is_held() && self.children == 0
+    pub fn at(self) -> SlotRef {
+        SlotRef {
+            slot: self.slot,
+            generation: self.generation.get(),
+        }
+    }
+}
+
+/// Which list of evictable chunks a chunk is in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In none.
+    Held,
+    Once,
+    Hot,
+}
+
+/// A key, without an allocation of its own for those that vLLM makes (36 bytes).
+#[derive(Debug)]
+pub enum Key {
+    Short { len: u8, bytes: [u8; SHORT] },
+    Long(Box<[u8]>),
+}
+
+/// What fits beside a length and a tag into five words.
+const SHORT: usize = 38;
+
+impl Key {
+    pub fn new(key: &[u8]) -> Self {
+        let mut bytes = [0; SHORT];
+        match (u8::try_from(key.len()), bytes.get_mut(..key.len())) {
+            (Ok(len), Some(place)) => {
+                place.copy_from_slice(key);
+                Self::Short { len, bytes }
+            }
+            _ => Self::Long(key.into()),
+        }
+    }
+
+    pub fn as_bytes(&self) -> &[u8] {
+        match self {
+            Self::Short { len, bytes } => bytes.get(..usize::from(*len)).unwrap_or_default(),
+            Self::Long(bytes) => bytes,
+        }
     }
 }
 
@@ -71,7 +128,7 @@ impl Chunk {
 pub struct NewChunk<'a> {
     pub key: &'a [u8],
     pub parent: Option<SlotRef>,
-    pub owner: Owner,
+    pub owner: &'a Owner,
 }
 
 /// A chunk that is in the index.
@@ -91,6 +148,19 @@ pub enum Committed {
     Partly,
     /// The chunk is visible now; these waited for it.
     Ready(Vec<Waiter>),
+    /// The chunk was given up before; its slot has one writer less.
+    Late,
+}
+
+/// What a discard did.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Discarded {
+    /// A stale ref, or not this owner's.
+    Ignored,
+    /// The chunk is given up; these waited for it.
+    Now(Vec<Waiter>),
+    /// The chunk was given up before; its slot has one writer less.
+    Late,
 }
 
 /// How many slots are in which state.
@@ -100,4 +170,18 @@ pub struct Census {
     pub pending: u32,
     pub ready: u32,
     pub quarantined: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_is_small_and_keys_of_any_length_come_back() {
+        assert_eq!(size_of::<Slot>(), 80);
+        for len in [1, 8, 36, SHORT, SHORT + 1, 256] {
+            let key: Vec<u8> = (0..len).map(|n| u8::try_from(n % 251).unwrap()).collect();
+            assert_eq!(Key::new(&key).as_bytes(), key);
+        }
+    }
 }

@@ -85,6 +85,13 @@ impl Store {
         let world = hello.world;
         self.namespace
             .get_or_insert_with(|| (hello.namespace.clone(), world));
+        self.replace(hello);
+        if hello.kind == SessionKind::Worker {
+            self.returned(&Writer {
+                owner: owner(hello),
+                rank: hello.rank,
+            });
+        }
         let id = self.next_session;
         self.next_session += 1;
         let session = Session {
@@ -119,6 +126,19 @@ impl Store {
                 arena_bytes: 0,
             },
         })
+    }
+
+    /// Closes what is left of an earlier session of the same peer.
+    fn replace(&mut self, hello: &Hello) {
+        let owner = owner(hello);
+        let same = |session: &Session| {
+            session.owner == owner && session.kind == hello.kind && session.rank == hello.rank
+        };
+        let earlier = self.sessions.iter().find(|(_, session)| same(session));
+        if let Some((&id, _)) = earlier {
+            self.disconnect(id, Lost::Replaced);
+            self.actions.push(Action::Close(id));
+        }
     }
 
     fn check_peer(&self, hello: &Hello) -> Result<(), Refusal> {
@@ -225,7 +245,7 @@ impl Store {
             Refusal::new(RefusalCode::Capacity, message)
         })?;
         self.shape = Some(shape);
-        self.index = Index::new(shape.slots);
+        self.index = Index::new(shape.slots, hello.world);
         self.epoch += 1;
         Ok(())
     }
@@ -235,7 +255,7 @@ impl Store {
             self.fail(number, HandoffFailure::ProducerDied);
         }
         self.shape = None;
-        self.index = Index::new(0);
+        self.index = Index::new(0, 1);
     }
 }
 

@@ -1,9 +1,11 @@
 //! How chunks come in, and how a hand-off goes from `open` to its outcome.
 
 use super::*;
-use crate::engine::handoffs::Handoff;
 use crate::engine::index::{NewChunk, Resident};
 use crate::engine::protocol::Granted;
+
+/// How a fired hand-off should end.
+const LOOKED_UP: &str = "looked_up";
 
 impl Store {
     pub(super) fn open(
@@ -20,7 +22,9 @@ impl Store {
         {
             self.actions.push(Action::Opened(id.clone()));
             let wanted = self.handoffs.reserved() + u64::from(open.chunks);
-            if self.handoffs.is_full() || self.index.available() < wanted {
+            if self.handoffs.is_unwanted(&id) {
+                self.settle(id, HandoffOutcome::Failed(HandoffFailure::Abandoned));
+            } else if self.handoffs.is_full() || self.index.available() < wanted {
                 self.settle(id, HandoffOutcome::Failed(HandoffFailure::NoSpace));
             } else {
                 let chunks = open.chunks;
@@ -134,13 +138,16 @@ impl Store {
                     if let Some(parent) = parent {
                         self.index.adopt(resident.at, parent);
                     }
+                    if self.is_news(batch.handoff, resident.at) {
+                        self.index.reuse(resident.at);
+                    }
                     (resident.at, resident.ready)
                 }
                 None => {
                     let chunk = NewChunk {
                         key,
                         parent,
-                        owner: batch.owner.clone(),
+                        owner: &batch.owner,
                     };
                     let Some(at) = self.index.insert(chunk) else {
                         tracing::error!("no slot where one was counted; a chunk is not saved");
@@ -152,7 +159,7 @@ impl Store {
             };
             tails.insert(group(key), at);
             if let Some(number) = batch.handoff
-                && self.handoffs.get(number).is_some_and(|h| !h.holds(at))
+                && self.is_news(batch.handoff, at)
             {
                 self.index.lease(at);
                 self.handoffs.add(number, at, ready);
@@ -171,16 +178,14 @@ impl Store {
         now: Instant,
     ) -> Result<(), ProtocolError> {
         let refs = SlotRef::decode_all(&commit.refs)?;
-        let rank = self.sessions.get(&session).map_or(0, |s| s.rank);
-        let world = self.namespace.as_ref().map_or(1, |(_, world)| *world);
-        let Some(owner) = self.owner_of(session) else {
+        let Some(writer) = self.writer(session) else {
             return Ok(());
         };
-        self.counters.saved_bytes = self.counters.saved_bytes.saturating_add(commit.bytes);
-        self.counters.save_micros = self.counters.save_micros.saturating_add(commit.micros);
+        self.counters.saved(&writer.owner.node, commit);
         for at in refs {
-            match self.index.commit(at, &owner, rank, world) {
+            match self.index.commit(at, &writer) {
                 Committed::Ignored => self.counters.stale_refs += 1,
+                Committed::Late => {}
                 Committed::Partly => self.counters.saved_chunks += 1,
                 Committed::Ready(waiters) => {
                     self.counters.saved_chunks += 1;
@@ -199,13 +204,14 @@ impl Store {
         discard: &Discard,
     ) -> Result<(), ProtocolError> {
         let refs = SlotRef::decode_all(&discard.refs)?;
-        let Some(owner) = self.owner_of(session) else {
+        let Some(writer) = self.writer(session) else {
             return Ok(());
         };
         for at in refs {
-            match self.index.discard(at, &owner) {
-                None => self.counters.stale_refs += 1,
-                Some(waiters) => {
+            match self.index.discard(at, &writer) {
+                Discarded::Ignored => self.counters.stale_refs += 1,
+                Discarded::Late => {}
+                Discarded::Now(waiters) => {
                     self.counters.discarded_chunks += 1;
                     for number in waiters {
                         self.fail(number, HandoffFailure::SaveFailed);
@@ -236,8 +242,11 @@ impl Store {
         let id = handoff.id.clone();
         let chunks = handoff.chunks();
         let already_stored = !handoff.wrote;
+        let took = now.saturating_duration_since(handoff.opened);
+        self.counters.handoff_seconds.record(took);
         if handoff.consumed || chunks == 0 {
             self.drop_handoff(number);
+            self.counters.released(LOOKED_UP);
         } else {
             self.handoffs.fire(number, now);
         }
@@ -263,6 +272,7 @@ impl Store {
             self.handoffs.consume(number);
         } else {
             self.drop_handoff(number);
+            self.counters.released(LOOKED_UP);
         }
     }
 
@@ -282,6 +292,8 @@ impl Store {
         self.drop_handoff(number);
         if running {
             self.settle(id, HandoffOutcome::Failed(why));
+        } else {
+            self.counters.released(why.label());
         }
     }
 
@@ -323,6 +335,20 @@ impl Store {
         self.handoffs
             .get(number)
             .is_some_and(|handoff| handoff.is_running() && owner == Some(&handoff.owner))
+    }
+
+    /// The chunk does not count for the hand-off yet.
+    fn is_news(&self, handoff: Option<Number>, at: SlotRef) -> bool {
+        let known = handoff.and_then(|number| self.handoffs.get(number));
+        known.is_some_and(|handoff| !handoff.holds(at))
+    }
+
+    fn writer(&self, session: SessionId) -> Option<Writer> {
+        let session = self.sessions.get(&session)?;
+        Some(Writer {
+            owner: session.owner.clone(),
+            rank: session.rank,
+        })
     }
 
     pub(super) fn owner_of(&self, session: SessionId) -> Option<Owner> {

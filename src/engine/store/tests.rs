@@ -1,6 +1,8 @@
 //! Histories of the store that are worth naming; `model` makes up the others.
 
 mod model;
+mod ops;
+mod sessions;
 
 use super::*;
 use crate::engine::protocol::{Granted, HandoffName, Hello, RequestName};
@@ -84,7 +86,7 @@ fn three_prompts_of_60_chunks_in_100_slots_all_end() {
         .map(|rank| store.admit(hello(0, 1, Some(rank))).unwrap().session)
         .collect();
     let scheduler = store.admit(hello(0, 1, None)).unwrap().session;
-    assert_eq!(store.stats().slots, 100);
+    assert_eq!(store.stats(now).slots, 100);
     for n in 0..3u8 {
         let open = ClientMessage::Open(Open {
             request: format!("r{n}"),
@@ -213,11 +215,117 @@ fn what_a_decode_node_looked_up_is_not_held_by_the_handoff_any_more() {
     assert_eq!((store.index.leases(), store.handoffs.len()), (3, 0));
     // A lease of a living incarnation does not end by time, nor with its session.
     store.expire(now + PATIENCE * 100);
-    store.disconnect(d);
+    store.disconnect(d, Lost::Closed);
     assert_eq!(store.index.leases(), 3);
     store.incarnation_gone(&Owner {
         node: "n1".into(),
         incarnation: 1,
     });
     assert_eq!(store.index.leases(), 0);
+}
+
+#[test]
+fn an_abandoned_handoff_holds_nothing() {
+    let mut store = store_with(10);
+    let now = Instant::now();
+    let scheduler = store.admit(hello(0, 1, None)).unwrap().session;
+    store.admit(hello(0, 1, Some(0))).unwrap();
+    let open = |n: usize| {
+        ClientMessage::Open(Open {
+            request: format!("r{n}"),
+            handoff: format!("h{n}"),
+            chunks: 4,
+        })
+    };
+    let abandoned = HandoffOutcome::Failed(HandoffFailure::Abandoned);
+    store.handle(scheduler, open(0), now).unwrap();
+    assert_eq!(store.handoffs.reserved(), 4);
+    store.abandon(&"h0".into());
+    assert_eq!((store.handoffs.reserved(), store.handoffs.len()), (0, 0));
+    assert_eq!(outcomes(&mut store), [("h0".into(), abandoned)]);
+    // Its client left before the prefill node saw it.
+    store.abandon(&"h1".into());
+    store.handle(scheduler, open(1), now).unwrap();
+    assert_eq!(store.handoffs.len(), 0);
+    assert_eq!(outcomes(&mut store), [("h1".into(), abandoned)]);
+    assert_eq!(store.counters.handoffs_failed, [("abandoned", 2)].into());
+}
+
+#[test]
+fn an_operator_sees_what_is_held_and_flushes_what_is_not() {
+    let mut store = store_with(10);
+    let now = Instant::now();
+    assert!(store.namespaces().is_empty());
+    let workers: Vec<_> = (0..WORLD)
+        .map(|rank| store.admit(hello(0, 1, Some(rank))).unwrap().session)
+        .collect();
+    let scheduler = store.admit(hello(0, 1, None)).unwrap().session;
+    for chain in [1, 2] {
+        let message = ClientMessage::Store(query("r", None, &prompt(chain, 3)));
+        let Some(ServerMessage::Granted(granted)) = store.handle(scheduler, message, now).unwrap()
+        else {
+            panic!("not granted");
+        };
+        for &worker in &workers {
+            let commit = ClientMessage::Commit(Commit {
+                refs: granted.refs.clone(),
+                bytes: 0,
+                micros: 0,
+            });
+            store.handle(worker, commit, now).unwrap();
+        }
+    }
+    let look = ClientMessage::Lookup(query("reads", None, &prompt(1, 2)));
+    store.handle(scheduler, look, now).unwrap();
+    let open = ClientMessage::Open(Open {
+        request: "opens".into(),
+        handoff: "h0".into(),
+        chunks: 2,
+    });
+    store.handle(scheduler, open, now).unwrap();
+    let message = ClientMessage::Store(query("opens", Some("h0"), &prompt(3, 1)));
+    store.handle(scheduler, message, now).unwrap();
+
+    let seen = store.inspect(now + Duration::from_secs(3));
+    assert_eq!(seen.sessions.len(), 3);
+    let [namespace] = seen.namespaces.as_slice() else {
+        panic!("not one namespace");
+    };
+    assert_eq!(
+        (namespace.ready, namespace.pending, namespace.free),
+        (6, 1, 3)
+    );
+    assert_eq!(
+        (namespace.leased, namespace.reserved, namespace.sessions),
+        (3, 1, 3)
+    );
+    let [lease] = seen.leases.as_slice() else {
+        panic!("not one lease: {:?}", seen.leases);
+    };
+    assert_eq!((lease.request.as_deref(), lease.chunks), (Some("reads"), 2));
+    assert_eq!(lease.age_seconds, 3.0);
+    let [handoff] = seen.handoffs.as_slice() else {
+        panic!("not one hand-off");
+    };
+    assert_eq!(
+        (handoff.stage, handoff.missing, handoff.reserved),
+        (Stage::Open, 1, 1)
+    );
+    assert_eq!(store.stats(now + PATIENCE).oldest_lease_seconds, 60.0);
+    store.disconnect(scheduler, Lost::Closed);
+    let lease = store.inspect(now).leases.remove(0);
+    assert_eq!((lease.request, lease.chunks), (None, 2));
+
+    let flushed = store.flush();
+    assert_eq!((flushed.evicted, flushed.held), (4, 2));
+    assert!(store.index.find(&prompt(1, 2)[1]).is_some());
+    assert!(store.index.find(&prompt(1, 3)[2]).is_none());
+    let risen = store.take_actions();
+    let risen = risen.iter().filter(|a| matches!(a, Action::Generation(_)));
+    assert!(
+        risen.count() >= 4,
+        "loaders must see that the chunks are gone"
+    );
+    assert_eq!(store.flush().evicted, 0);
+    store.index.check();
 }

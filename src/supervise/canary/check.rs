@@ -71,7 +71,8 @@ impl CheckError {
                 HandoffFailure::ProducerDied
                 | HandoffFailure::NoSpace
                 | HandoffFailure::Aborted
-                | HandoffFailure::Deadline => Severity::Broken,
+                | HandoffFailure::Deadline
+                | HandoffFailure::Abandoned => Severity::Broken,
             },
             Self::NeverOpened => Severity::Silent,
             Self::Prefill(_) | Self::Decode(_) | Self::Reply(_) | Self::NotLoaded { .. } => {

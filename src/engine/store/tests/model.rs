@@ -9,86 +9,8 @@ use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
+use super::ops::{Op, ops};
 use super::*;
-
-#[derive(Debug, Clone)]
-enum Op {
-    Open {
-        node: usize,
-        chunks: u32,
-    },
-    Store {
-        node: usize,
-        handoff: usize,
-        chain: u8,
-        from: u8,
-        to: u8,
-    },
-    Lookup {
-        node: usize,
-        handoff: usize,
-        chain: u8,
-        to: u8,
-    },
-    Seal {
-        handoff: usize,
-    },
-    Abort {
-        handoff: usize,
-    },
-    Release {
-        node: usize,
-        request: usize,
-    },
-    Finish {
-        node: usize,
-        request: usize,
-    },
-    Commit {
-        pick: usize,
-        rank: u32,
-    },
-    CommitAll,
-    Discard {
-        pick: usize,
-    },
-    Disconnect {
-        node: usize,
-        who: usize,
-    },
-    Gone {
-        node: usize,
-    },
-    Join {
-        node: usize,
-    },
-    Wait {
-        seconds: u64,
-    },
-}
-
-fn ops() -> impl Strategy<Value = Vec<Op>> {
-    let (node, any) = (0..3usize, 0..1000usize);
-    let op = prop_oneof![
-        3 => (node.clone(), 0..5u32).prop_map(|(node, chunks)| Op::Open { node, chunks }),
-        6 => (node.clone(), any.clone(), 0..4u8, 0..6u8, 1..9u8).prop_map(
-            |(node, handoff, chain, from, to)| Op::Store { node, handoff, chain, from, to }),
-        5 => (node.clone(), any.clone(), 0..4u8, 0..9u8).prop_map(
-            |(node, handoff, chain, to)| Op::Lookup { node, handoff, chain, to }),
-        3 => any.clone().prop_map(|handoff| Op::Seal { handoff }),
-        1 => any.clone().prop_map(|handoff| Op::Abort { handoff }),
-        2 => (node.clone(), any.clone()).prop_map(|(node, request)| Op::Release { node, request }),
-        2 => (node.clone(), any.clone()).prop_map(|(node, request)| Op::Finish { node, request }),
-        16 => (any.clone(), 0..WORLD).prop_map(|(pick, rank)| Op::Commit { pick, rank }),
-        4 => Just(Op::CommitAll),
-        1 => any.clone().prop_map(|pick| Op::Discard { pick }),
-        1 => (node.clone(), 0..3usize).prop_map(|(node, who)| Op::Disconnect { node, who }),
-        1 => node.clone().prop_map(|node| Op::Gone { node }),
-        2 => node.prop_map(|node| Op::Join { node }),
-        1 => (1..40u64).prop_map(|seconds| Op::Wait { seconds }),
-    ];
-    prop::collection::vec(op, 1..250)
-}
 
 /// What the model knows of a chunk that was granted.
 #[derive(Debug)]
@@ -96,8 +18,8 @@ struct Written {
     key: [u8; 8],
     owner: Owner,
     committed: BTreeSet<u32>,
-    /// Its processes may still write.
-    writing: bool,
+    /// The ranks that may still write.
+    writing: BTreeSet<u32>,
 }
 
 #[derive(Debug, Default)]
@@ -113,8 +35,10 @@ struct World {
     /// Per node: its incarnation, and its scheduler's and workers' sessions.
     nodes: Vec<(u64, [Option<SessionId>; 3])>,
     written: BTreeMap<SlotRef, Written>,
-    /// By node, incarnation and request; kept beyond the session, until the reaper.
-    leases: BTreeMap<(usize, u64, String), Vec<SlotRef>>,
+    /// By node and request.
+    leases: BTreeMap<(usize, String), Vec<SlotRef>>,
+    /// By node: what was leased when sessions were lost, and the ranks that may still be reading.
+    departed: Vec<(Vec<SlotRef>, BTreeSet<u32>)>,
     handoffs: Vec<Wanted>,
 }
 
@@ -128,6 +52,7 @@ impl World {
             nodes: vec![(1, [None; 3]); 3],
             written: BTreeMap::new(),
             leases: BTreeMap::new(),
+            departed: vec![Default::default(); 3],
             handoffs: Vec::new(),
         };
         (0..3).for_each(|node| world.join(node));
@@ -136,11 +61,58 @@ impl World {
 
     fn join(&mut self, node: usize) {
         for who in 0..3 {
-            let (incarnation, sessions) = &mut self.nodes[node];
-            if sessions[who].is_none() {
-                let rank = u32::try_from(who).unwrap().checked_sub(1);
-                let welcome = self.store.admit(hello(node, *incarnation, rank)).unwrap();
-                sessions[who] = Some(welcome.session);
+            if self.nodes[node].1[who].is_none() {
+                self.say_hello(node, who);
+            }
+        }
+    }
+
+    fn say_hello(&mut self, node: usize, who: usize) {
+        if self.nodes[node].1[who].is_some() {
+            self.lost(node);
+        }
+        let rank = u32::try_from(who).unwrap().checked_sub(1);
+        let hello = hello(node, self.nodes[node].0, rank);
+        let welcome = self.store.admit(hello).unwrap();
+        self.nodes[node].1[who] = Some(welcome.session);
+        if let Some(rank) = rank {
+            self.returned(node, rank);
+        }
+    }
+
+    /// One session of a node ended, and the others with it.
+    fn lost(&mut self, node: usize) {
+        self.nodes[node].1 = [None; 3];
+        let requests: Vec<_> = self
+            .leases
+            .keys()
+            .filter(|(n, _)| *n == node)
+            .cloned()
+            .collect();
+        let leases: Vec<_> = requests
+            .iter()
+            .flat_map(|request| self.leases.remove(request).unwrap())
+            .collect();
+        if !leases.is_empty() {
+            let (departed, reading) = &mut self.departed[node];
+            departed.extend(leases);
+            *reading = (0..WORLD).collect();
+        }
+    }
+
+    /// A worker that says hello has ended its earlier copies.
+    fn returned(&mut self, node: usize, rank: u32) {
+        let owner = self.owner(node);
+        let (leases, reading) = &mut self.departed[node];
+        reading.remove(&rank);
+        if reading.is_empty() {
+            leases.clear();
+        }
+        for (at, written) in &mut self.written {
+            let found = self.store.index.find(&written.key);
+            let pending = found.is_some_and(|found| found.at == *at && !found.ready);
+            if written.owner == owner && !pending {
+                written.writing.remove(&rank);
             }
         }
     }
@@ -210,8 +182,7 @@ impl World {
             Op::Release { node, request } | Op::Finish { node, request } => {
                 let request = format!("r{}", request % 4);
                 if self.nodes[node].1[0].is_some() {
-                    let at = (node, self.nodes[node].0, request.clone());
-                    self.leases.remove(&at);
+                    self.leases.remove(&(node, request.clone()));
                 }
                 let name = RequestName { request };
                 let message = match op {
@@ -230,17 +201,17 @@ impl World {
                     (0..WORLD).for_each(|rank| self.commit(n, rank));
                 }
             }
-            Op::Discard { pick: n } => {
+            Op::Discard { pick: n, rank } => {
                 if let Some(n) = pick(n, self.written.len()) {
-                    let (&at, written) = self.written.iter().nth(n).unwrap();
-                    let node = self.node_of(&written.owner);
+                    let (&at, _) = self.written.iter().nth(n).unwrap();
                     let refs = SlotRef::encode_all([at]);
-                    self.send(node, 1, ClientMessage::Discard(Discard { refs }));
+                    self.done(at, rank, ClientMessage::Discard(Discard { refs }));
                 }
             }
             Op::Disconnect { node, who } => {
-                if let Some(session) = self.nodes[node].1[who].take() {
-                    self.store.disconnect(session);
+                if let Some(session) = self.nodes[node].1[who] {
+                    self.store.disconnect(session, Lost::Closed);
+                    self.lost(node);
                 }
             }
             Op::Gone { node } => {
@@ -248,12 +219,25 @@ impl World {
                 self.store.incarnation_gone(&owner);
                 self.nodes[node] = (owner.incarnation + 1, [None; 3]);
                 for written in self.written.values_mut() {
-                    written.writing &= written.owner != owner;
+                    if written.owner == owner {
+                        written.writing.clear();
+                    }
                 }
-                self.leases
-                    .retain(|(n, i, _), _| (*n, *i) != (node, owner.incarnation));
+                self.leases.retain(|(n, _), _| *n != node);
+                self.departed[node] = Default::default();
             }
             Op::Join { node } => self.join(node),
+            Op::Replace { node, who } => self.say_hello(node, who),
+            Op::Abandon { handoff } => {
+                // Also one that is not opened yet.
+                let recent = self.handoffs.len() - handoff % self.handoffs.len().clamp(1, 3);
+                self.store.abandon(&format!("h{recent}").as_str().into());
+            }
+            Op::Flush => {
+                self.store.flush();
+                let free = u64::from(self.store.index.census().free);
+                assert_eq!(self.store.index.available(), free);
+            }
             Op::Wait { seconds } => {
                 self.now += Duration::from_secs(seconds);
                 self.store.expire(self.now);
@@ -269,28 +253,31 @@ impl World {
     }
 
     fn commit(&mut self, n: usize, rank: u32) {
-        let (&at, written) = self.written.iter_mut().nth(n).unwrap();
-        let owner = written.owner.clone();
-        let node = self.node_of(&owner);
-        // Only its own incarnation can write; what comes from a later one must be ignored.
-        let own = self.nodes[node].0 == owner.incarnation;
-        let connected = self.nodes[node].1[rank as usize + 1].is_some();
-        let pending = self
-            .store
-            .index
-            .find(&self.written[&at].key)
-            .is_some_and(|r| r.at == at && !r.ready);
+        let (&at, written) = self.written.iter().nth(n).unwrap();
+        let found = self.store.index.find(&written.key);
+        let pending = found.is_some_and(|found| found.at == at && !found.ready);
         let message = ClientMessage::Commit(Commit {
             refs: SlotRef::encode_all([at]),
             bytes: 1,
             micros: 1,
         });
-        self.send(node, rank as usize + 1, message);
-        let written = self.written.get_mut(&at).unwrap();
-        if own && connected && pending {
-            written.committed.insert(rank);
-            written.writing &= written.committed.len() < WORLD as usize;
+        if self.done(at, rank, message) && pending {
+            self.written.get_mut(&at).unwrap().committed.insert(rank);
         }
+    }
+
+    /// Sends a rank's word that it is done with a chunk. Only its own incarnation can be writing;
+    /// what a later one says must be ignored.
+    fn done(&mut self, at: SlotRef, rank: u32, message: ClientMessage) -> bool {
+        let owner = self.written[&at].owner.clone();
+        let node = self.node_of(&owner);
+        let own = self.owner(node) == owner;
+        let connected = self.nodes[node].1[rank as usize + 1].is_some();
+        self.send(node, rank as usize + 1, message);
+        if own && connected {
+            self.written.get_mut(&at).unwrap().writing.remove(&rank);
+        }
+        own && connected
     }
 
     fn save(&mut self, node: usize, handoff: Option<usize>, chain: u8, range: std::ops::Range<u8>) {
@@ -326,19 +313,19 @@ impl World {
         let owner = self.owner(node);
         for (at, i) in places.into_iter().zip(new) {
             for (old, written) in &self.written {
-                let reused = old.slot == at.slot && written.writing;
+                let reused = old.slot == at.slot && !written.writing.is_empty();
                 assert!(!reused, "{at:?} is still being written: {written:?}");
             }
-            let leased = self.leases.values().flatten();
+            let leased = self.leased();
             assert!(
-                leased.clone().all(|l| l.slot != at.slot),
+                leased.iter().all(|l| l.slot != at.slot),
                 "leased slot reused"
             );
             let written = Written {
                 key: keys[i],
                 owner: owner.clone(),
                 committed: BTreeSet::new(),
-                writing: true,
+                writing: (0..WORLD).collect(),
             };
             let old = self.written.insert(at, written);
             assert!(old.is_none(), "{at:?} named a chunk before");
@@ -371,8 +358,7 @@ impl World {
                 _ => assert_eq!(at, SlotRef::NONE),
             }
         }
-        let at = (node, self.nodes[node].0, request);
-        self.leases.insert(at, leases);
+        self.leases.insert((node, request), leases);
     }
 
     fn check(&mut self) {
@@ -392,7 +378,7 @@ impl World {
                 }
             }
         }
-        for lease in self.leases.values().flatten() {
+        for lease in &self.leased() {
             let key = self.written[lease].key;
             let found = self.store.index.find(&key);
             assert!(
@@ -401,6 +387,15 @@ impl World {
             );
         }
         self.store.index.check();
+        // Out of use is exactly what may still be written, and is not wanted any more.
+        let unwanted = |(at, written): &(&SlotRef, &Written)| {
+            let found = self.store.index.find(&written.key);
+            !written.writing.is_empty() && found.is_none_or(|found| found.at != **at)
+        };
+        assert_eq!(
+            self.store.index.census().quarantined as usize,
+            self.written.iter().filter(unwanted).count()
+        );
         assert!(self.store.index.available() >= self.store.handoffs.reserved());
         let all = self.store.handoffs.all().into_iter();
         let reserved: u64 = all
@@ -410,13 +405,24 @@ impl World {
         assert_eq!(reserved, self.store.handoffs.reserved());
     }
 
+    /// What nobody may take from whoever reads it.
+    fn leased(&self) -> Vec<SlotRef> {
+        let departed = self.departed.iter().flat_map(|(leases, _)| leases);
+        self.leases
+            .values()
+            .flatten()
+            .chain(departed)
+            .copied()
+            .collect()
+    }
+
     /// Everybody leaves: nothing may stay behind.
     fn end(mut self) {
         for node in 0..3 {
             self.apply(Op::Gone { node });
         }
         self.apply(Op::Wait { seconds: 1000 });
-        let stats = self.store.stats();
+        let stats = self.store.stats(self.now);
         assert_eq!(
             (stats.pending, stats.quarantined, stats.reserved),
             (0, 0, 0)

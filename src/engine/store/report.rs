@@ -1,0 +1,143 @@
+//! What the store says about itself, and what an operator may do to it.
+
+use std::cmp::Reverse;
+
+use super::*;
+use crate::engine::inspect::{
+    Flushed, HandoffInfo, Inspection, LeaseInfo, MAX_LISTED, NamespaceInfo,
+};
+use crate::engine::protocol::Loaded;
+
+impl Store {
+    pub fn stats(&self, now: Instant) -> EngineStats {
+        let census = self.index.census();
+        let oldest = self.leases(now).map(|lease| lease.age_seconds);
+        EngineStats {
+            epoch: self.arena().map_or(0, |(epoch, _)| epoch),
+            slots: self.index.slots(),
+            used: self.index.slots() - census.free,
+            ready: census.ready,
+            pending: census.pending,
+            leased: self.index.leased(),
+            quarantined: census.quarantined,
+            reserved: self.handoffs.reserved(),
+            handoffs_open: self.handoffs.len() as u64,
+            arena_bytes: self.shape.map_or(0, |shape| shape.arena_bytes),
+            evictions: self.index.evictions(),
+            oldest_lease_seconds: oldest.fold(0.0, f64::max),
+            namespace: self.namespace.clone().unwrap_or_default().0,
+            sessions: self.sessions.values().map(Session::stats).collect(),
+            counters: self.counters.clone(),
+        }
+    }
+
+    pub fn namespaces(&self) -> Vec<NamespaceInfo> {
+        let Some((fields, world)) = &self.namespace else {
+            return Vec::new();
+        };
+        let census = self.index.census();
+        vec![NamespaceInfo {
+            epoch: self.arena().map_or(0, |(epoch, _)| epoch),
+            fields: fields.clone(),
+            world: *world,
+            sessions: self.sessions.len(),
+            slots: self.index.slots(),
+            free: census.free,
+            ready: census.ready,
+            pending: census.pending,
+            quarantined: census.quarantined,
+            leased: self.index.leased(),
+            reserved: self.handoffs.reserved(),
+            arena_bytes: self.shape.map_or(0, |shape| shape.arena_bytes),
+        }]
+    }
+
+    pub fn inspect(&self, now: Instant) -> Inspection {
+        let mut leases: Vec<_> = self.leases(now).collect();
+        leases.sort_by(|a, b| b.age_seconds.total_cmp(&a.age_seconds));
+        leases.truncate(MAX_LISTED);
+        let mut handoffs: Vec<_> = self.handoffs.iter().collect();
+        handoffs.sort_by_key(|handoff| Reverse(age(handoff.opened, now)));
+        handoffs.truncate(MAX_LISTED);
+        let handoff = |handoff: &Handoff| HandoffInfo {
+            id: handoff.id.to_string(),
+            node: handoff.owner.node.clone(),
+            incarnation: handoff.owner.incarnation,
+            stage: handoff.stage,
+            chunks: handoff.chunks(),
+            missing: handoff.missing(),
+            reserved: handoff.reserved(),
+            age_seconds: age(handoff.opened, now).as_secs_f64(),
+        };
+        Inspection {
+            namespaces: self.namespaces(),
+            sessions: self.sessions.values().map(Session::stats).collect(),
+            leases,
+            handoffs: handoffs.into_iter().map(handoff).collect(),
+        }
+    }
+
+    /// Evicts every chunk that nobody writes, reads or waits for.
+    pub fn flush(&mut self) -> Flushed {
+        let evicted = self.index.flush();
+        self.sync_generations();
+        let census = self.index.census();
+        Flushed {
+            evicted,
+            held: census.ready + census.pending,
+        }
+    }
+
+    pub(super) fn loaded(&mut self, session: SessionId, loaded: Loaded) {
+        if let Some(session) = self.sessions.get(&session) {
+            self.counters.loaded(&session.owner.node, loaded);
+        }
+    }
+
+    fn leases(&self, now: Instant) -> impl Iterator<Item = LeaseInfo> {
+        let of_requests = self.sessions.values().flat_map(move |session| {
+            let with_leases = move |(name, request): (&String, &Request)| {
+                let since = request.since?;
+                Some(lease(
+                    &session.owner,
+                    Some(name),
+                    &request.leases,
+                    age(since, now),
+                ))
+            };
+            session.requests.iter().filter_map(with_leases)
+        });
+        let of_departed = self.departed.iter().filter_map(move |(owner, departed)| {
+            let since = departed.since?;
+            Some(lease(owner, None, &departed.leases, age(since, now)))
+        });
+        let held = |lease: &LeaseInfo| lease.chunks > 0;
+        of_requests.chain(of_departed).filter(held)
+    }
+}
+
+impl Session {
+    fn stats(&self) -> SessionStats {
+        SessionStats {
+            node: self.owner.node.clone(),
+            incarnation: self.owner.incarnation,
+            kind: self.kind,
+            rank: self.rank,
+            pid: self.pid,
+        }
+    }
+}
+
+fn age(since: Instant, now: Instant) -> Duration {
+    now.saturating_duration_since(since)
+}
+
+fn lease(owner: &Owner, request: Option<&String>, chunks: &[SlotRef], age: Duration) -> LeaseInfo {
+    LeaseInfo {
+        node: owner.node.clone(),
+        incarnation: owner.incarnation,
+        request: request.cloned(),
+        chunks: chunks.len(),
+        age_seconds: age.as_secs_f64(),
+    }
+}
