@@ -18,6 +18,7 @@ mod kills;
 mod leaving;
 mod serving;
 mod starting;
+mod store;
 #[path = "../support/mod.rs"]
 mod support;
 

@@ -1,0 +1,56 @@
+//! `pegaflow kv`: the store as whoever operates it sees it.
+
+use serde_json::{Value, json};
+
+use crate::support::client::completion;
+use crate::support::{HANG, Site};
+
+fn kv(site: &Site, action: &str) -> Value {
+    let output = site
+        .command(&["kv", action, "topology.toml"])
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{action}: {errors}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_store_can_be_looked_at_and_emptied() {
+    let site = Site::new();
+    let up = site.up_ready().await;
+    up.generate(&completion(1, 320, 4)).await;
+    let stats = kv(&site, "stats");
+    assert!(stats["ready"].as_u64().unwrap() >= 10, "{stats}");
+
+    let namespaces = kv(&site, "namespaces");
+    assert_eq!(namespaces.as_array().unwrap().len(), 1, "{namespaces}");
+    // A scheduler and a worker of prefill and of decode.
+    let sessions = kv(&site, "inspect")["sessions"].clone();
+    let mut nodes: Vec<_> = sessions.as_array().unwrap().iter().collect();
+    nodes.retain(|session| session["node"] == "prefill");
+    assert_eq!(nodes.len(), 2, "{sessions}");
+
+    crate::wait_until(
+        async || kv(&site, "flush")["held"] == json!(0) && kv(&site, "stats")["ready"] == json!(0),
+        "the store is empty",
+    )
+    .await;
+    // And goes on.
+    up.generate(&completion(1, 320, 4)).await;
+    assert!(kv(&site, "stats")["ready"].as_u64().unwrap() >= 10);
+    up.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_does_not_run_is_said_so() {
+    let site = Site::new();
+    let output = tokio::time::timeout(
+        HANG,
+        tokio::process::Command::from(site.command(&["kv", "stats", "nobody"])).output(),
+    );
+    let output = output.await.unwrap().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(errors.contains("`nobody` is not running"), "{errors}");
+}
