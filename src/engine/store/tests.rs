@@ -1,5 +1,6 @@
 //! Histories of the store that are worth naming; `model` makes up the others.
 
+mod deadlock;
 mod model;
 mod ops;
 mod sessions;
