@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 
 PAGE = 4096
@@ -13,7 +14,11 @@ class Arena:
 
     def __init__(self, pegaflow_pid: int):
         fds = Path(f"/proc/{pegaflow_pid}/fd")
-        links = {fd: os.readlink(fds / fd.name) for fd in fds.iterdir()}
+        links = {}
+        for fd in fds.iterdir():
+            # Connections come and go meanwhile.
+            with suppress(FileNotFoundError):
+                links[fd] = os.readlink(fd)
         arenas = [fd for fd, target in links.items() if target.startswith("/memfd:pegaflow")]
         assert arenas, f"pegaflow holds no memfd; its descriptors: {sorted(links.values())}"
         self.file = os.open(arenas[0], os.O_RDWR)
