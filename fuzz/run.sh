@@ -14,7 +14,7 @@ host=$(rustc -vV | sed -n 's/^host: //p')
 cargo build --locked --target "$host" --bin frames
 frames=$CARGO_TARGET_DIR/$host/debug/frames
 mkdir -p corpus/frames artifacts
-common=(-artifact_prefix=artifacts/ -max_len=512 -timeout=60 -rss_limit_mb=2048)
+common=(-entropic=0 -artifact_prefix=artifacts/ -max_len=512 -timeout=60 -rss_limit_mb=2048)
 if [ "${1:-}" = minimize ]; then
     rm -rf corpus/minimized && mkdir corpus/minimized
     "$frames" "${common[@]}" -merge=1 corpus/minimized corpus/frames
