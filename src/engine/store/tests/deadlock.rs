@@ -43,11 +43,11 @@ impl Site {
             prompts: (0..).zip(lengths).map(prompt).collect(),
             granted: Vec::new(),
         };
-        for n in 0..site.prompts.len() {
+        for (n, &chunks) in lengths.iter().enumerate() {
             let open = ClientMessage::Open(Open {
                 request: format!("r{n}"),
                 handoff: format!("h{n}"),
-                chunks: u32::from(lengths[n]),
+                chunks: u32::from(chunks),
             });
             site.say(site.p, open);
         }
