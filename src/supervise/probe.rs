@@ -60,7 +60,8 @@ impl NodeClient {
         match tokio::time::timeout(HEALTH, request.send()).await {
             Ok(Ok(reply)) if reply.status().is_success() => Probe::Healthy,
             Ok(Ok(reply)) if reply.status() == StatusCode::SERVICE_UNAVAILABLE => Probe::EngineDead,
-            _ => Probe::Miss,
+            Ok(_) => Probe::Miss,
+            Err(_) => Probe::Late,
         }
     }
 

@@ -31,6 +31,9 @@ const PORT_RETRY: Duration = Duration::from_millis(200);
 /// The first request compiles kernels.
 const WARM_UP_LIMIT: Duration = Duration::from_secs(300);
 const WARM_UP_RETRY: Duration = Duration::from_secs(1);
+/// A ready node whose answers are late this often in a row is unreachable. Fewer are no reason to send
+/// it nothing: vLLM answers nobody while it renders its /metrics, and it may be the only node.
+const LATE_PROBES: u32 = 3;
 /// Log growth may extend the start up to this many times `start_timeout`.
 const START_EXTENSIONS: u32 = 4;
 /// From one step of escalation to the next.
@@ -86,6 +89,8 @@ pub struct Machine {
     deaths: Deaths,
     delay: Option<Duration>,
     probe: Next,
+    /// Probes in a row that were not answered in time.
+    late: u32,
     heard: Instant,
     force: Force,
     restarts: u32,
@@ -108,6 +113,7 @@ impl Machine {
             state: State::Waiting { until: now },
             delay: None,
             probe: Next::At(now),
+            late: 0,
             heard: now,
             force: Force::None,
             restarts: 0,
@@ -332,6 +338,10 @@ impl Machine {
             return vec![];
         }
         self.probe = Next::At(now + self.plan.health_interval);
+        self.late = match probe {
+            Probe::Late => self.late.saturating_add(1),
+            _ => 0,
+        };
         match (probe, self.state) {
             (Probe::Healthy, state) => {
                 self.heard = now;
@@ -353,8 +363,11 @@ impl Machine {
             (Probe::EngineDead, _) => {
                 return self.kill("/health says 503: its engine is dead".to_owned(), now);
             }
-            (Probe::Miss, State::Ready { since }) => self.state = State::Unreachable { since },
-            (Probe::Miss, _) => {}
+            (Probe::Late, State::Ready { .. }) if self.late < LATE_PROBES => {}
+            (Probe::Miss | Probe::Late, State::Ready { since }) => {
+                self.state = State::Unreachable { since };
+            }
+            (Probe::Miss | Probe::Late, _) => {}
         }
         vec![]
     }

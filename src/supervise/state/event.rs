@@ -34,7 +34,10 @@ pub enum PortState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Probe {
     Healthy,
+    /// Nobody there, or the wrong answer.
     Miss,
+    /// No answer in time: perhaps only busy.
+    Late,
     /// HTTP 503: the API server lives, the engine behind it does not.
     EngineDead,
 }

@@ -79,6 +79,24 @@ fn a_miss_is_not_a_death_but_503_and_long_silence_are() {
 }
 
 #[test]
+fn late_answers_take_a_node_out_only_when_they_go_on() {
+    let (mut node, now) = ready(Role::Unified);
+    for _ in 0..2 {
+        for _ in 1..LATE_PROBES {
+            assert_eq!(node.step(Event::Probe(Probe::Late), now), []);
+            assert_eq!(node.phase(), Phase::Ready);
+        }
+        node.step(Event::Probe(Probe::Healthy), now);
+    }
+    for _ in 0..LATE_PROBES {
+        node.step(Event::Probe(Probe::Late), now);
+    }
+    assert_eq!(node.phase(), Phase::Unreachable);
+    node.step(Event::Probe(Probe::Healthy), now);
+    assert_eq!(node.phase(), Phase::Ready);
+}
+
+#[test]
 fn a_growing_log_extends_the_start_but_not_for_ever() {
     let (mut node, start_at) = machine(Role::Unified);
     start(&mut node, start_at);
@@ -194,6 +212,7 @@ fn event() -> impl Strategy<Value = Event> {
         1 => Just(Event::LogGrew),
         6 => Just(Event::Probe(Probe::Healthy)),
         1 => Just(Event::Probe(Probe::Miss)),
+        1 => Just(Event::Probe(Probe::Late)),
         1 => Just(Event::Probe(Probe::EngineDead)),
         4 => Just(Event::Warm(Warmth::Warm)),
         1 => Just(Event::Warm(Warmth::Failed("x".into()))),
