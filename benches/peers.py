@@ -1,4 +1,4 @@
-"""The same KV through pegaflow's store and through Redis over a Unix socket, on this machine.
+"""The same KV through pegaflow's store, Redis over a Unix socket and LMCache's host store, on this machine.
 
     cargo build --release --example store-engine
     INTERPRETER benches/peers.py [--mib 256] [--rounds 5]
@@ -7,6 +7,8 @@ Needs `redis-server` on the PATH (or REDIS_SERVER) and the Python package `redis
 `pip install --no-deps --target DIR redis==8.1.0` and PYTHONPATH=DIR; benches/peers-requirements.txt has the versions.
 Both sides start and end with a paged KV cache of one tensor per layer, with scattered blocks:
 
+LMCache (without a GPU): `pip install --no-deps --target DIR lmcache==0.5.6` with what it imports, see the same file.
+
 - save: from "these blocks are computed" to "another client finds them". pegaflow: store, copy, commit, and a lookup
   until all are hits. Redis: gather each chunk into one value, MSET in batches.
 - load: from keys to blocks. pegaflow: lookup and copy. Redis: MGET in batches, scatter.
@@ -14,6 +16,7 @@ Both sides start and end with a paged KV cache of one tensor per layer, with sca
 """
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import tempfile
@@ -30,7 +33,7 @@ from pegaflow_vllm.protocol import Commit, Finish
 BATCH_BYTES = 32 << 20
 """What one MSET or MGET carries."""
 LOOKED_UP = 2048
-WARM_UP = 2
+WARM_UP = 3
 """Rounds that touch all memory for the first time, on both sides."""
 
 
@@ -56,8 +59,9 @@ class Pegaflow:
         new = np.frombuffer(granted.new, "<u4")
         save_rows(cache.pages, blocks[new], self._arena.rows, refs["slot"].astype(np.int64))
         self._worker.send(Commit(refs=granted.refs, bytes=len(names) * self._shape.row, micros=1))
+        give_up = time.monotonic() + 20
         while self.lookup(names) != len(names):
-            pass
+            assert time.monotonic() < give_up, "saved chunks do not become hits"
         self._producer.send(Finish(request="save"))
 
     def load(self, cache: Cache, blocks: np.ndarray, names: list[bytes]) -> None:
@@ -132,12 +136,70 @@ class Redis:
         self._folder.cleanup()
 
 
+class LMCache:
+    """LocalCPUBackend inside this process: no socket, no other client. The gather is the shim's: its own is CUDA."""
+
+    name = "LMCache"
+
+    def __init__(self, shape: Shape, slots: int):
+        import lmcache
+        import torch
+        from lmcache.utils import CacheEngineKey
+        from lmcache.v1.config import LMCacheEngineConfig
+        from lmcache.v1.memory_management import MemoryFormat
+        from lmcache.v1.metadata import LMCacheMetadata
+        from lmcache.v1.pin_monitor import PinMonitor
+        from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
+
+        gib = (slots + 2) * shape.row / (1 << 30)
+        config = LMCacheEngineConfig.from_defaults(chunk_size=16, local_cpu=True, max_local_cpu_size=gib)
+        PinMonitor.GetOrCreate(config)
+        # 2-byte elements: layers, K and V, tokens, heads, the rest.
+        layout = (shape.layers, 2, 16, 1, shape.page // 64)
+        metadata = LMCacheMetadata("benchmark", 1, 1, 0, 0, torch.bfloat16, layout)
+        self._backend = LocalCPUBackend(config, metadata, dst_device="cpu")
+        self._size = torch.Size((2, shape.layers, 16, shape.page // 64))
+        self._format, self._dtype, self._key = MemoryFormat.KV_2LTD, torch.bfloat16, CacheEngineKey
+        self._row = shape.row
+        self.name = f"LMCache {getattr(lmcache, '__version__', '?')} LocalCPUBackend, in process"
+
+    def _keys(self, names: list[bytes]) -> list:
+        return [self._key("benchmark", 1, 0, int.from_bytes(name[:8], "little"), self._dtype) for name in names]
+
+    def _bytes(self, chunk) -> np.ndarray:
+        return chunk.raw_data.view(kv.torch.int8).numpy()[: self._row].reshape(1, -1)
+
+    def save(self, cache: Cache, blocks: np.ndarray, names: list[bytes]) -> None:
+        for key, block in zip(self._keys(names), blocks, strict=True):
+            chunk = self._backend.allocate(self._size, self._dtype, self._format)
+            save_rows(cache.pages, np.array([block]), self._bytes(chunk), np.array([0]))
+            self._backend.submit_put_task(key, chunk)
+            chunk.ref_count_down()
+
+    def load(self, cache: Cache, blocks: np.ndarray, names: list[bytes]) -> None:
+        for key, block in zip(self._keys(names), blocks, strict=True):
+            chunk = self._backend.get_blocking(key)
+            load_rows(cache.pages, np.array([block]), self._bytes(chunk), np.array([0]))
+            chunk.ref_count_down()
+
+    def lookup(self, names: list[bytes]) -> int:
+        keys = self._keys(names)
+        found = sum(self._backend.contains(key, pin=True) for key in keys)
+        for key in keys:
+            self._backend.unpin(key)
+        return found
+
+    def close(self) -> None:
+        self._backend.close()
+
+
 def measure(kind: type, shape: Shape, size: int, rounds: int) -> str:
     count = max(2, size // shape.row)
     cache = Cache(shape, count + count // 4)
     expected = [page.tensor.clone() for page in cache.pages]
     blocks = pattern("scattered", count, cache.blocks)
-    store = kind(shape, count + count // 8)
+    # pegaflow lets requests pin 80 % of its slots at most.
+    store = kind(shape, count + count // 2)
     saves, loads = [], []
     try:
         for seed in range(WARM_UP + rounds):
@@ -154,7 +216,8 @@ def measure(kind: type, shape: Shape, size: int, rounds: int) -> str:
 
 
 def look_up(kind: type, rounds: int) -> str:
-    shape = Shape("index only", 1, 1 << 10)
+    # LMCache allocates 4 KiB at least.
+    shape = Shape("index only", 1, 4 << 10)
     cache = Cache(shape, LOOKED_UP)
     names = keys(1, LOOKED_UP)
     store = kind(shape, 2 * LOOKED_UP)
@@ -168,6 +231,10 @@ def look_up(kind: type, rounds: int) -> str:
     return f"| {name} | {median(took) * 1e3:.2f} |"
 
 
+def peers() -> list[type]:
+    return [Pegaflow, Redis] + ([LMCache] if importlib.util.find_spec("lmcache") else [])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--mib", type=int, default=256)
@@ -175,10 +242,10 @@ def main() -> None:
     arguments = parser.parse_args()
     print("| store | row | save GB/s | load GB/s |\n|---|---|---|---|")
     for shape in (kv.WIDE, kv.NARROW):
-        for kind in (Pegaflow, Redis):
+        for kind in peers():
             print(measure(kind, shape, arguments.mib << 20, arguments.rounds), flush=True)
     print(f"\n| store | lookup of {LOOKED_UP}, ms |\n|---|---|")
-    for kind in (Pegaflow, Redis):
+    for kind in peers():
         print(look_up(kind, arguments.rounds), flush=True)
 
 
