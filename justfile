@@ -15,10 +15,13 @@ quick:
 bench:
     bash benches/run.sh
 
-# The property tests with many more cases, then the fault tests on the fake vLLM, round after round.
+# What takes longer than CI may: property tests with many more cases, a thousand kills at the store, real vLLM with
+# a store that is too small, with failing loads and cut connections, and the fault tests on the fake, round after round.
 soak rounds="20":
     PROPTEST_CASES=20000 cargo test --locked --lib
     cargo test --locked --test engine_crash -- --ignored --nocapture
+    cargo build --locked --release
+    target/test-venv/bin/python -m pytest -q -m soak tests/real
     for round in $(seq {{rounds}}); do echo "round $round"; cargo test --locked --test up_fake --test supervise_guard --test supervise_run || exit 1; done
 
 # Coverage-guided fuzzing of the store's socket (needs a C++ compiler).

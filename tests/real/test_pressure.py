@@ -13,6 +13,8 @@ from conftest import CPU_CONFIG, served_model
 from pegaflow import RESTART_LIMIT, Fleet, Reference
 from prompts import ask, full_chunks, prompt
 
+pytestmark = pytest.mark.soak
+
 # About 500 chunks of the tiny model.
 CAPACITY = "16MiB"
 LENGTHS = [1280, 640, 321, 1000, 96, 1281]

@@ -24,6 +24,8 @@ from conftest import CPU_CONFIG
 from pegaflow import Fleet, Reference
 from prompts import BLOCK, Exact, ask, full_chunks, leg, prompt
 
+pytestmark = pytest.mark.soak
+
 GENERATION = struct.Struct("=I")
 CHUNKS = 10
 FAILED = "pegaflow_engine_failed_loads_total"
