@@ -45,6 +45,9 @@ pub unsafe extern "C" fn pegaflow_load(plan: &Plan) {
 }
 
 /// Calls `visit` with a page in the cache, its place in the arena, and its size.
+///
+/// # Safety
+/// As for [`pegaflow_save`].
 unsafe fn each_page(plan: &Plan, visit: impl Fn(*mut u8, *mut u8, usize)) {
     for at in 0..plan.count {
         // SAFETY: `blocks` and `slots` hold `count` numbers, `lanes` holds `lanes_len` lanes.
@@ -119,6 +122,8 @@ mod streaming {
 
     /// Four lines that lie `apart`: all loads, then all stores.
     #[inline(always)]
+    /// # Safety
+    /// 64 bytes of both at each of four places, `apart` from one another; `to` is aligned to 16.
     unsafe fn lines(from: *const u8, to: *mut u8, apart: usize, backward: bool) {
         let step = AHEAD * LINE;
         let soon = if backward {
