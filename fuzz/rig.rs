@@ -18,7 +18,7 @@ use pegaflow::engine::protocol::{
 };
 use pegaflow::engine::{Engine, EngineConfig};
 use pegaflow::handoff::HandoffBoard;
-use pegaflow::plan::ArenaPlan;
+use pegaflow::plan::{ArenaPlan, PoolPlan};
 use prometheus_client::registry::Registry;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -78,7 +78,7 @@ impl Rig {
         let config = EngineConfig {
             socket_path: socket.clone(),
             token: "secret".into(),
-            capacity: 4096 + SLOTS * ROW as u64,
+            pools: vec![PoolPlan::only(4096 + SLOTS * ROW as u64)],
             arena: ArenaPlan::default(),
             handoff_deadline: Duration::from_millis(200),
         };

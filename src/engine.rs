@@ -12,8 +12,8 @@
 //! turns the store off (nodes recompute) and harms nothing else.
 //!
 //! - [`protocol`]: the messages of `docs/protocol.md`; [`client`]: the other end, for tests.
-//! - `server`: the socket. `store`: all decisions, pure, over `index` (which chunk is in which
-//!   slot) and `handoffs` (which prompt is complete).
+//! - `server`: the socket. `pools`: which nodes share a `store`. `store`: all decisions, pure, over
+//!   `index` (which chunk is in which slot) and `handoffs` (which prompt is complete).
 //! - `arena`: the shared memory. `stats`, `latency`, `metrics`: what is counted. `inspect`: what an
 //!   operator sees.
 
@@ -24,6 +24,7 @@ mod index;
 mod inspect;
 mod latency;
 mod metrics;
+mod pools;
 pub mod protocol;
 mod server;
 mod stats;
@@ -47,12 +48,14 @@ pub use self::handoffs::Stage;
 pub use self::inspect::{Flushed, HandoffInfo, Inspection, LeaseInfo, NamespaceInfo};
 pub use self::latency::Latencies;
 use self::metrics::EngineCollector;
+use self::pools::{Pools, PoolsConfig};
 use self::server::{Shared, listen_at, serve};
-pub use self::stats::{Counters, EngineStats, NodeCounters, RefusedSession, SessionStats};
-use self::store::{Store, StoreConfig};
+pub use self::stats::{
+    Counters, EngineStats, NodeCounters, PoolStats, RefusedSession, SessionStats,
+};
 use crate::fleet::NodeId;
 use crate::handoff::HandoffBoard;
-use crate::plan::ArenaPlan;
+use crate::plan::{ArenaPlan, PoolPlan};
 
 /// What the engine needs to know.
 #[derive(Clone)]
@@ -61,9 +64,9 @@ pub struct EngineConfig {
     pub socket_path: PathBuf,
     /// What a node must say to be let in.
     pub token: String,
-    /// The arena's size in bytes, at most.
-    pub capacity: u64,
-    /// What it is made of, and where it lies.
+    /// Which nodes share a pool, and how large it may be.
+    pub pools: Vec<PoolPlan>,
+    /// What each pool's arena is made of, and where it lies.
     pub arena: ArenaPlan,
     /// How long a hand-off may take, and then be held for the decode node.
     pub handoff_deadline: Duration,
@@ -104,13 +107,13 @@ impl Engine {
             path: path.clone(),
             source,
         })?;
-        let store = Store::new(StoreConfig {
+        let common = PoolsConfig {
             token: config.token,
-            capacity: config.capacity,
             handoff_deadline: config.handoff_deadline,
             first_epoch: epoch_now(),
-        });
-        let shared = Arc::new(Shared::new(store, board, config.arena));
+        };
+        let pools = Pools::new(&common, &config.pools);
+        let shared = Arc::new(Shared::new(pools, board, &config.arena));
         registry.register_collector(Box::new(EngineCollector(shared.clone())));
 
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -146,11 +149,11 @@ impl Engine {
             node: node.clone(),
             incarnation,
         };
-        self.guarded(|store| store.incarnation_gone(&reaped));
+        self.guarded(|pools| pools.incarnation_gone(&reaped));
     }
 
     /// Changes the store for a caller of another part: a fault in here must not reach it.
-    fn guarded<T>(&self, change: impl FnOnce(&mut Store) -> T) -> Option<T> {
+    fn guarded<T>(&self, change: impl FnOnce(&mut Pools) -> T) -> Option<T> {
         let shared = AssertUnwindSafe(&self.shared);
         let changed = std::panic::catch_unwind(AssertUnwindSafe(|| shared.with(change)));
         changed.unwrap_or_else(|_| {
@@ -161,22 +164,22 @@ impl Engine {
     }
 
     pub fn stats(&self) -> EngineStats {
-        self.shared.read(|store| store.stats(Instant::now()))
+        self.shared.read(|pools| pools.stats(Instant::now()))
     }
 
     /// Whose KV is stored, and how much of the arena it has.
     pub fn namespaces(&self) -> Vec<NamespaceInfo> {
-        self.shared.read(Store::namespaces)
+        self.shared.read(Pools::namespaces)
     }
 
     /// Sessions, the oldest leases and hand-offs, occupancy.
     pub fn inspect(&self) -> Inspection {
-        self.shared.read(|store| store.inspect(Instant::now()))
+        self.shared.read(|pools| pools.inspect(Instant::now()))
     }
 
     /// Evicts every chunk that nobody writes, reads or waits for. `None`: the store is off.
     pub fn flush(&self) -> Option<Flushed> {
-        self.guarded(Store::flush)
+        self.guarded(Pools::flush)
     }
 
     /// False once the engine has stopped or has been turned off by a fault.
@@ -264,7 +267,7 @@ mod tests {
         let config = EngineConfig {
             socket_path: dir.join("engine.sock"),
             token: "t".into(),
-            capacity: 1 << 20,
+            pools: vec![PoolPlan::only(1 << 20)],
             arena: ArenaPlan::default(),
             handoff_deadline: LIMIT,
         };

@@ -46,6 +46,9 @@ impl fmt::Display for NodeId {
     }
 }
 
+/// Where nodes exchange KV of which the topology says nothing else.
+pub const DEFAULT_POOL: &str = "default";
+
 /// What a node does in the fleet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -144,6 +147,8 @@ pub enum KvTrust {
 pub struct NodeView {
     pub id: NodeId,
     pub role: Role,
+    /// Only nodes of one pool hand off to each other.
+    pub pool: Arc<str>,
     pub addr: SocketAddr,
     #[serde(flatten)]
     pub phase: Phase,
@@ -174,6 +179,7 @@ impl NodeView {
         Self {
             id,
             role,
+            pool: DEFAULT_POOL.into(),
             addr,
             phase: Phase::Pending,
             trust,
@@ -183,6 +189,13 @@ impl NodeView {
             restarts: 0,
             reason: None,
             since: SystemTime::now(),
+        }
+    }
+
+    pub fn in_pool(self, pool: &str) -> Self {
+        Self {
+            pool: pool.into(),
+            ..self
         }
     }
 
@@ -218,8 +231,18 @@ impl FleetSnapshot {
 
     /// A prefill and a decode node can hand off now.
     pub fn can_split(&self) -> bool {
-        let proven = |role| self.ready(role).any(NodeView::can_hand_off);
-        proven(Role::Prefill) && proven(Role::Decode)
+        let mut prefill = self.proven(Role::Prefill);
+        prefill.any(|node| self.has_decode_for(node))
+    }
+
+    /// A decode node that can load what this prefill node saves.
+    pub fn has_decode_for(&self, prefill: &NodeView) -> bool {
+        let mut decode = self.proven(Role::Decode);
+        decode.any(|node| node.pool == prefill.pool)
+    }
+
+    fn proven(&self, role: Role) -> impl Iterator<Item = &NodeView> {
+        self.ready(role).filter(|node| node.can_hand_off())
     }
 }
 
@@ -294,6 +317,13 @@ mod tests {
         assert!(fleet.snapshot().can_split());
         fleet.update(&"d".into(), |node| node.phase = Phase::Unreachable);
         assert!(!fleet.snapshot().can_split());
+        fleet.update(&"d".into(), |node| node.phase = Phase::Ready);
+        assert!(fleet.snapshot().can_split());
+        fleet.update(&"d".into(), |node| node.pool = "other".into());
+        assert!(
+            !fleet.snapshot().can_split(),
+            "no KV goes from pool to pool"
+        );
     }
 
     #[tokio::test]

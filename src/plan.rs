@@ -24,7 +24,7 @@ mod model_check;
 mod problem;
 mod render;
 
-pub use kv::{ArenaPlan, KvPlan, NumaPlan, PageKind};
+pub use kv::{ArenaPlan, KvPlan, NumaPlan, PageKind, PoolPlan};
 use problem::Found;
 pub use problem::{PlanErrors, PlanProblem};
 
@@ -60,6 +60,8 @@ pub struct ModelPlan {
 pub struct NodePlan {
     pub id: NodeId,
     pub role: Role,
+    /// Whose KV it may load.
+    pub pool: String,
     pub addr: SocketAddr,
     /// GPU indices in PCI bus order; empty on CPU.
     pub gpus: Vec<u32>,
@@ -78,6 +80,7 @@ impl fmt::Debug for NodePlan {
         f.debug_struct("NodePlan")
             .field("id", &self.id)
             .field("role", &self.role)
+            .field("pool", &self.pool)
             .field("addr", &self.addr)
             .field("gpus", &self.gpus)
             .field("cpus", &self.cpus)
@@ -152,7 +155,7 @@ impl Plan {
         };
         ports(&replicas, inputs, &mut placements, &mut found);
         let sharing = kv::sharing(&replicas, &placements);
-        let kv = kv::plan(topology, host, &sharing, &mut found);
+        let kv = kv::plan(topology, host, &replicas, &sharing, &mut found);
         let warnings = found.into_warnings(topology)?;
 
         let launch = launch::Launch { topology, inputs };
@@ -229,6 +232,7 @@ mod tests {
         NodeSettings {
             name: name.to_owned(),
             role: Role::Unified,
+            pool: crate::fleet::DEFAULT_POOL.to_owned(),
             count: 1,
             gpus: GpuRequest::Auto,
             cpus: CpuRequest::Auto,

@@ -176,6 +176,8 @@ pub struct SupervisorSettings {
 pub struct NodeSettings {
     pub name: String,
     pub role: Role,
+    /// Nodes of one pool exchange KV.
+    pub pool: String,
     /// Replicas, at least one.
     pub count: u32,
     pub gpus: GpuRequest,

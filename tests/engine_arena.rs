@@ -14,7 +14,7 @@ use pegaflow::engine::client::Client;
 use pegaflow::engine::protocol::{Hello, SessionKind};
 use pegaflow::engine::{Engine, EngineConfig};
 use pegaflow::handoff::HandoffBoard;
-use pegaflow::plan::ArenaPlan;
+use pegaflow::plan::{ArenaPlan, PoolPlan};
 use prometheus_client::registry::Registry;
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -33,7 +33,7 @@ fn fixture(capacity: u64, arena: ArenaPlan) -> Fixture {
     let config = EngineConfig {
         socket_path: dir.path().join("engine.sock"),
         token: "secret".into(),
-        capacity,
+        pools: vec![PoolPlan::only(capacity)],
         arena,
         handoff_deadline: LIMIT,
     };

@@ -336,6 +336,36 @@ fn nodes_that_share_kv_must_agree() {
 }
 
 #[test]
+fn what_must_agree_and_what_must_be_there_holds_for_each_pool() {
+    let pd = |pool: &str, rest: &str| {
+        let key = format!("pool = \"{pool}\"\n{rest}");
+        let named = PD.replace("\"p\"", &format!("\"p-{pool}\""));
+        let named = named.replace("\"d\"", &format!("\"d-{pool}\""));
+        named.replace("[[node]]\n", &format!("[[node]]\n{key}"))
+    };
+    let text = cuda(&[pd("a", ""), pd("b", "tensor_parallel = 2\n")].concat());
+    let topology = Topology::parse(&text, Path::new("t.toml")).unwrap();
+    let pools: Vec<_> = topology.nodes.iter().map(|n| n.pool.as_str()).collect();
+    assert_eq!(pools, ["a", "a", "b", "b"]);
+
+    let apart = PD.replace("role = \"decode\"", "role = \"decode\"\npool = \"b\"");
+    let kinds: Vec<_> = problems(&cuda(&apart)).into_iter().map(|p| p.3).collect();
+    assert!(
+        matches!(
+            kinds[..],
+            [Kind::PrefillWithoutDecode, Kind::DecodeWithoutPrefill]
+        ),
+        "{kinds:?}"
+    );
+    assert_one!(unified("pool = \"a\"\n"), 5:8 "node[0].pool", Kind::Conflict { .. });
+    assert_one!(
+        cuda(&pd("a", "").replacen("\"a\"", "\"A b\"", 1)),
+        4:8 "node[0].pool",
+        Kind::BadValue { .. }
+    );
+}
+
+#[test]
 fn flags_that_are_ours_or_unsupported_are_refused() {
     for (arg, flag) in [
         ("--port=1", "--port"),

@@ -77,6 +77,7 @@ impl Supervised {
         let node = NodePlan {
             id: "n".into(),
             role: Role::Unified,
+            pool: "default".into(),
             addr,
             gpus: vec![],
             cpus: vec![],

@@ -63,7 +63,7 @@ pub fn start_engine(socket: &Path, capacity: u64, board: HandoffBoard) -> Engine
     let config = EngineConfig {
         socket_path: socket.to_owned(),
         token: TOKEN.into(),
-        capacity,
+        pools: vec![pegaflow::plan::PoolPlan::only(capacity)],
         handoff_deadline: LIMIT,
         arena: pegaflow::plan::ArenaPlan::default(),
     };

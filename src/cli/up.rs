@@ -97,11 +97,10 @@ async fn serve(
     let mut registry = Registry::default();
     let metrics = RouterMetrics::register(&mut registry);
     let engine = start_engine(plan, instance, token, &board, &mut registry)?;
-    let fleet = FleetPublisher::new(
-        plan.nodes
-            .iter()
-            .map(|node| NodeView::pending(node.id.clone(), node.role, node.addr)),
-    );
+    let fleet =
+        FleetPublisher::new(plan.nodes.iter().map(|node| {
+            NodeView::pending(node.id.clone(), node.role, node.addr).in_pool(&node.pool)
+        }));
 
     let control = ControlDeps {
         fleet: fleet.watch(),
@@ -178,7 +177,7 @@ fn start_engine(
     let config = EngineConfig {
         socket_path: instance.engine_socket(),
         token,
-        capacity: plan.kv.capacity,
+        pools: plan.kv.pools.clone(),
         arena: plan.kv.arena.clone(),
         handoff_deadline: plan.kv.handoff_deadline,
     };

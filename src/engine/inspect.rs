@@ -25,6 +25,8 @@ pub const MAX_LISTED: usize = 100;
 /// KV that can be exchanged: its identity, and the part of the arena that it has.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct NamespaceInfo {
+    /// Whose nodes exchange it: `pool` in the topology.
+    pub pool: String,
     /// 0 until a worker has fixed the size of a chunk.
     pub epoch: u64,
     pub fields: BTreeMap<String, String>,

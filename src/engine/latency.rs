@@ -28,6 +28,15 @@ impl Latencies {
         self.sum = self.sum.saturating_add(took);
     }
 
+    /// Counts what another has counted, too.
+    pub fn add(&mut self, other: &Self) {
+        for (count, more) in self.counts.iter_mut().zip(other.counts) {
+            *count += more;
+        }
+        self.longer += other.longer;
+        self.sum = self.sum.saturating_add(other.sum);
+    }
+
     pub fn count(&self) -> u64 {
         self.counts.iter().sum::<u64>() + self.longer
     }

@@ -18,17 +18,18 @@ use prometheus_client::registry::Unit;
 use super::latency::Latencies;
 use super::protocol::SessionKind;
 use super::server::Shared;
-use super::stats::{EngineStats, NodeCounters};
+use super::stats::{EngineStats, NodeCounters, PoolStats};
 
 #[derive(Debug)]
 pub struct EngineCollector(pub Arc<Shared>);
 
 impl Collector for EngineCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let stats = self.0.read(|store| store.stats(Instant::now()));
+        let stats = self.0.read(|pools| pools.stats(Instant::now()));
         gauges(&mut encoder, &stats, self.0.is_up())?;
         counters(&mut encoder, &stats)?;
         arena(&mut encoder, stats.arena_bytes, self.0.prefaulted())?;
+        by_pool(&mut encoder, &stats)?;
         by_node(&mut encoder, &stats)?;
         by_outcome(&mut encoder, &stats)?;
         histograms(&mut encoder, &stats)
@@ -155,6 +156,33 @@ fn counters(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats) -> fmt::Re
         let counter = ConstCounter::new(value);
         let name = format!("pegaflow_engine_{name}");
         counter.encode(encoder.encode_descriptor(&name, help, None, counter.metric_type())?)?;
+    }
+    Ok(())
+}
+
+fn by_pool(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats) -> fmt::Result {
+    type Figure = fn(&PoolStats) -> u64;
+    let figures: [(&str, &str, Figure); 4] = [
+        ("capacity_bytes", "A pool's share of the store", |pool| {
+            pool.capacity_bytes
+        }),
+        ("arena_bytes", "Size of a pool's arena", |pool| {
+            pool.arena_bytes
+        }),
+        ("slots", "Chunks that fit into a pool", |pool| {
+            pool.slots.into()
+        }),
+        ("slots_used", "A pool's slots that are not free", |pool| {
+            pool.used.into()
+        }),
+    ];
+    for (name, help, figure) in figures {
+        let name = format!("pegaflow_engine_pool_{name}");
+        let mut family = encoder.encode_descriptor(&name, help, None, MetricType::Gauge)?;
+        for (pool, stats) in &stats.pools {
+            let gauge = ConstGauge::new(i64::try_from(figure(stats)).unwrap_or(i64::MAX));
+            gauge.encode(family.encode_family(&[("pool", pool.as_str())])?)?;
+        }
     }
     Ok(())
 }

@@ -135,6 +135,16 @@ pub struct Refused {
     pub message: String,
 }
 
+impl Refused {
+    /// Nobody is let in any more.
+    pub fn down() -> Self {
+        Self {
+            code: RefusalCode::Capacity,
+            message: "the store is turned off".into(),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RefusalCode {

@@ -6,7 +6,7 @@
 //!                                                                       └ write an answer ┘
 //! ```
 //!
-//! A session's messages are handled in order. All sessions share one [`Store`] under a mutex that
+//! A session's messages are handled in order. All sessions share the [`Pools`] under one mutex that
 //! is never held across an await. A panic anywhere in here ends the engine, not the process.
 
 mod frames;
@@ -25,11 +25,11 @@ use tokio_util::sync::CancellationToken;
 pub use self::frames::listen_at;
 use self::frames::{SessionError, read_message, write, write_welcome};
 use super::arena::{Arena, Keeper};
+use super::pools::Pools;
 use super::protocol::{
-    ClientMessage, Hello, MAX_FRAME, MAX_HELLO, RefusalCode, Refused, ServerMessage, SessionKind,
-    Welcome,
+    ClientMessage, Hello, MAX_FRAME, MAX_HELLO, Refused, ServerMessage, SessionKind, Welcome,
 };
-use super::store::{Action, Lost, SessionId, Store};
+use super::store::{Action, Lost, SessionId};
 use crate::handoff::{HandoffBoard, HandoffFailure};
 use crate::plan::ArenaPlan;
 
@@ -50,8 +50,9 @@ pub struct Shared {
 }
 
 struct State {
-    store: Store,
-    arena: Keeper,
+    pools: Pools,
+    /// One for each pool.
+    arenas: Vec<Keeper>,
     /// Ends one session.
     closers: HashMap<SessionId, CancellationToken>,
 }
@@ -63,12 +64,13 @@ impl fmt::Debug for Shared {
 }
 
 impl Shared {
-    pub fn new(store: Store, board: HandoffBoard, arena: ArenaPlan) -> Self {
+    pub fn new(pools: Pools, board: HandoffBoard, arena: &ArenaPlan) -> Self {
         let stop = CancellationToken::new();
+        let keeper = |_| Keeper::new(arena.clone(), stop.clone());
         Self {
             state: Mutex::new(State {
-                store,
-                arena: Keeper::new(arena, stop.clone()),
+                arenas: (0..pools.len()).map(keeper).collect(),
+                pools,
                 closers: HashMap::new(),
             }),
             board,
@@ -87,8 +89,12 @@ impl Shared {
         self.stop.cancel();
         self.board.fail_all(HandoffFailure::EngineDown);
         // Its threads stop at `stop`; they are joined without the lock.
-        let prefault = self.lock_anyway().arena.take_prefault();
-        drop(prefault);
+        let prefaults: Vec<_> = {
+            let mut state = self.lock_anyway();
+            let arenas = state.arenas.iter_mut();
+            arenas.map(Keeper::take_prefault).collect()
+        };
+        drop(prefaults);
     }
 
     /// The state for what it is worth after a panic.
@@ -96,40 +102,41 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes of the arena whose pages are there.
+    /// Bytes of the arenas whose pages are there.
     pub fn prefaulted(&self) -> u64 {
-        self.lock_anyway().arena.prefaulted()
+        let state = self.lock_anyway();
+        state.arenas.iter().map(Keeper::prefaulted).sum()
     }
 
     /// Changes the store and carries out what follows, before anybody else can see the change.
     /// `None`: an earlier change panicked half way, and the store is not to be touched again.
-    pub fn with<T>(&self, change: impl FnOnce(&mut Store) -> T) -> Option<T> {
+    pub fn with<T>(&self, change: impl FnOnce(&mut Pools) -> T) -> Option<T> {
         let mut state = self.state.lock().ok()?;
-        let result = change(&mut state.store);
+        let result = change(&mut state.pools);
         state.carry_out(&self.board);
         Some(result)
     }
 
     /// Reads the store's figures, for what they are worth after a panic.
-    pub fn read<T>(&self, read: impl FnOnce(&Store) -> T) -> T {
-        read(&self.lock_anyway().store)
+    pub fn read<T>(&self, read: impl FnOnce(&Pools) -> T) -> T {
+        read(&self.lock_anyway().pools)
     }
 
     /// A session for this peer, what ends it, and the file that it is to map.
     fn admit(&self, hello: Hello) -> Result<Admission, Refused> {
         let kind = hello.kind;
-        let mut state = self.state.lock().map_err(|_| Refused {
-            code: RefusalCode::Capacity,
-            message: "the store is turned off".into(),
-        })?;
-        let admitted = state.store.admit(hello);
+        let mut state = self.state.lock().map_err(|_| Refused::down())?;
+        let state = &mut *state;
+        let admitted = state.pools.admit(hello);
         state.carry_out(&self.board);
         let welcome = admitted?;
-        let wanted = state.store.arena();
-        let arena = match state.arena.of(wanted) {
+        let pool = state.pools.of_session(welcome.session);
+        let wanted = state.pools.arena(pool);
+        let keeper = state.arenas.get_mut(pool).ok_or_else(Refused::down)?;
+        let arena = match keeper.of(wanted) {
             Ok(arena) => arena,
             Err(error) => {
-                let refused = state.store.retract(welcome.session, &error.to_string());
+                let refused = state.pools.retract(welcome.session, &error.to_string());
                 state.carry_out(&self.board);
                 return Err(refused);
             }
@@ -146,7 +153,7 @@ impl Shared {
     fn leave(&self, session: SessionId, why: Lost) {
         if let Ok(mut state) = self.state.lock() {
             state.closers.remove(&session);
-            state.store.disconnect(session, why);
+            state.pools.disconnect(session, why);
             state.carry_out(&self.board);
         }
     }
@@ -154,10 +161,10 @@ impl Shared {
 
 impl State {
     fn carry_out(&mut self, board: &HandoffBoard) {
-        for action in self.store.take_actions() {
+        for (pool, action) in self.pools.take_actions() {
             match action {
                 Action::Generation(at) => {
-                    if let Some(arena) = self.arena.arena() {
+                    if let Some(arena) = self.arenas.get(pool).and_then(Keeper::arena) {
                         arena.set_generation(at.slot, at.generation);
                     }
                 }
@@ -204,9 +211,9 @@ pub async fn serve(listener: UnixListener, shared: Arc<Shared>) -> Result<(), Jo
             () = shared.stop.cancelled() => break Ok(()),
             _ = tick.tick() => {
                 let abandoned = shared.board.take_abandoned();
-                let kept = shared.with(|store| {
-                    abandoned.iter().for_each(|id| store.abandon(id));
-                    store.expire(Instant::now());
+                let kept = shared.with(|pools| {
+                    abandoned.iter().for_each(|id| pools.abandon(id));
+                    pools.expire(Instant::now());
                 });
                 if kept.is_none() {
                     tracing::error!("a change of the store panicked half way");
@@ -256,7 +263,7 @@ async fn connection(mut stream: UnixStream, shared: &Shared) {
         other => {
             let error = other.err();
             tracing::warn!(?error, "a connection to the store did not begin with hello");
-            shared.with(Store::count_broken);
+            shared.with(Pools::count_broken);
             return;
         }
     };
@@ -281,7 +288,7 @@ async fn connection(mut stream: UnixStream, shared: &Shared) {
     };
     if let Err(error) = served {
         tracing::warn!(node = name, %error, "closing a session");
-        shared.with(Store::count_broken);
+        shared.with(Pools::count_broken);
         presence.ended = match error {
             SessionError::Protocol(_) => Lost::Broken,
             SessionError::Slow => Lost::Slow,
@@ -298,7 +305,7 @@ async fn session(
     let id = admission.welcome.session;
     write_welcome(stream, admission.welcome, admission.arena.as_deref()).await?;
     while let Some(message) = read_message(stream, MAX_FRAME).await? {
-        let handled = shared.with(|store| store.handle(id, message, Instant::now()));
+        let handled = shared.with(|pools| pools.handle(id, message, Instant::now()));
         let answer = handled.ok_or(SessionError::Down)??;
         if let Some(answer) = answer {
             write(stream, &answer).await?;

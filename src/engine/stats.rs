@@ -31,8 +31,21 @@ pub struct EngineStats {
     pub oldest_lease_seconds: f64,
     pub namespace: BTreeMap<String, String>,
     pub sessions: Vec<SessionStats>,
+    /// Occupancy, pool by pool.
+    pub pools: BTreeMap<String, PoolStats>,
     #[serde(flatten)]
     pub counters: Counters,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct PoolStats {
+    /// Its share of the store's capacity.
+    pub capacity_bytes: u64,
+    /// 0 until a worker has fixed the size of a chunk.
+    pub arena_bytes: u64,
+    pub slots: u32,
+    /// Slots that are not free.
+    pub used: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -111,7 +124,107 @@ const REFUSALS: usize = 16;
 /// More names than this are no nodes of ours; their figures are kept together.
 const MAX_NODES: usize = 1024;
 
+impl EngineStats {
+    /// Another pool's figures on top.
+    pub fn add(&mut self, other: Self) {
+        self.epoch = self.epoch.max(other.epoch);
+        self.slots += other.slots;
+        self.used += other.used;
+        self.ready += other.ready;
+        self.pending += other.pending;
+        self.leased += other.leased;
+        self.quarantined += other.quarantined;
+        self.reserved += other.reserved;
+        self.handoffs_open += other.handoffs_open;
+        self.arena_bytes += other.arena_bytes;
+        self.evictions += other.evictions;
+        self.oldest_lease_seconds = self.oldest_lease_seconds.max(other.oldest_lease_seconds);
+        if self.namespace.is_empty() {
+            self.namespace = other.namespace;
+        }
+        self.sessions.extend(other.sessions);
+        self.pools.extend(other.pools);
+        self.counters.add(other.counters);
+    }
+}
+
+impl NodeCounters {
+    fn add(&mut self, other: Self) {
+        self.hits += other.hits;
+        self.misses += other.misses;
+        self.pending_hits += other.pending_hits;
+        self.saved_bytes = self.saved_bytes.saturating_add(other.saved_bytes);
+        self.loaded_bytes = self.loaded_bytes.saturating_add(other.loaded_bytes);
+    }
+}
+
 impl Counters {
+    /// Another pool's figures on top.
+    fn add(&mut self, other: Self) {
+        // Taken apart, so that no field is forgotten.
+        let Self {
+            lookups,
+            hits,
+            misses,
+            pending_hits,
+            saved_chunks,
+            saved_bytes,
+            save_seconds,
+            discarded_chunks,
+            stale_refs,
+            loaded_chunks,
+            loaded_bytes,
+            load_seconds,
+            failed_loads,
+            stores_refused,
+            handoffs_fired,
+            handoffs_already_stored,
+            handoffs_failed,
+            handoff_seconds,
+            handoffs_released,
+            sessions_opened,
+            sessions_refused,
+            sessions_broken,
+            sessions_lost,
+            nodes,
+            refusals,
+        } = other;
+        self.lookups += lookups;
+        self.hits += hits;
+        self.misses += misses;
+        self.pending_hits += pending_hits;
+        self.saved_chunks += saved_chunks;
+        self.saved_bytes = self.saved_bytes.saturating_add(saved_bytes);
+        self.save_seconds.add(&save_seconds);
+        self.discarded_chunks += discarded_chunks;
+        self.stale_refs += stale_refs;
+        self.loaded_chunks += loaded_chunks;
+        self.loaded_bytes = self.loaded_bytes.saturating_add(loaded_bytes);
+        self.load_seconds.add(&load_seconds);
+        self.failed_loads += failed_loads;
+        self.stores_refused += stores_refused;
+        self.handoffs_fired += handoffs_fired;
+        self.handoffs_already_stored += handoffs_already_stored;
+        self.handoff_seconds.add(&handoff_seconds);
+        self.sessions_opened += sessions_opened;
+        self.sessions_refused += sessions_refused;
+        self.sessions_broken += sessions_broken;
+        for (mine, theirs) in [
+            (&mut self.handoffs_failed, handoffs_failed),
+            (&mut self.handoffs_released, handoffs_released),
+            (&mut self.sessions_lost, sessions_lost),
+        ] {
+            for (label, count) in theirs {
+                *mine.entry(label).or_default() += count;
+            }
+        }
+        for (node, figures) in nodes {
+            self.node(&node).add(figures);
+        }
+        self.refusals.extend(refusals);
+        self.refusals.truncate(REFUSALS);
+    }
+
     /// A node's own figures.
     pub fn node(&mut self, node: &NodeId) -> &mut NodeCounters {
         let known = self.nodes.contains_key(node) || self.nodes.len() < MAX_NODES;

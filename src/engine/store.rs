@@ -65,6 +65,8 @@ pub struct StoreConfig {
     pub handoff_deadline: Duration,
     /// The first arena's epoch.
     pub first_epoch: u64,
+    /// The first session's number, and how far apart they are.
+    pub sessions: (SessionId, u64),
 }
 
 /// Why a session ended.
@@ -169,7 +171,7 @@ impl Store {
             index: Index::new(0, 1),
             handoffs: Handoffs::new(config.handoff_deadline),
             sessions: BTreeMap::new(),
-            next_session: 1,
+            next_session: config.sessions.0,
             departed: HashMap::new(),
             gone: HashMap::new(),
             counters: Counters::default(),
@@ -303,6 +305,10 @@ impl Store {
             .extract_if(|owner, _| owner.is_covered_by(reaped));
         let over: Vec<_> = over.map(|(_, departed)| departed.leases).collect();
         self.unlease_all(over.into_iter().flatten());
+    }
+
+    pub fn has_handoff(&self, id: &HandoffId) -> bool {
+        self.handoffs.number(id).is_some()
     }
 
     /// Nobody waits for this hand-off any more.

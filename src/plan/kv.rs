@@ -12,6 +12,7 @@ use bytesize::ByteSize;
 
 use super::problem::{Found, PlanProblem};
 use super::{Placement, Replica};
+use crate::fleet::{DEFAULT_POOL, NodeId};
 use crate::host::{HUGE_PAGE, HostSnapshot, HugePages, NumaNode, ShmemThp};
 use crate::topology::{Device, HugepageRequest, NodeSettings, NumaRequest, Topology};
 
@@ -27,8 +28,10 @@ const PREFAULT_THREADS: usize = 4;
 pub struct KvPlan {
     /// No node shares KV (all are unified): the engine is not started.
     pub enabled: bool,
-    /// Bytes of the arena, whole 2 MiB.
+    /// Bytes of all arenas, whole 2 MiB.
     pub capacity: u64,
+    /// Whose KV is kept apart; at least one.
+    pub pools: Vec<PoolPlan>,
     pub arena: ArenaPlan,
     /// Why the arena has other pages than it might have; for the log.
     pub page_note: Option<String>,
@@ -36,6 +39,28 @@ pub struct KvPlan {
     pub handoff_deadline: Duration,
     /// How far the canary's logprobs may be apart (0.0: bit-exact).
     pub canary_logprob_tolerance: f64,
+}
+
+/// Nodes that exchange KV, and the part of the store that is theirs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PoolPlan {
+    /// `pool` of its nodes in the topology.
+    pub name: String,
+    /// A node of no pool is in the first.
+    pub nodes: Vec<NodeId>,
+    /// Bytes of its arena, at most; whole 2 MiB.
+    pub capacity: u64,
+}
+
+impl PoolPlan {
+    /// One for everybody.
+    pub fn only(capacity: u64) -> Self {
+        Self {
+            name: DEFAULT_POOL.to_owned(),
+            nodes: Vec::new(),
+            capacity,
+        }
+    }
 }
 
 /// What the arena is made of.
@@ -83,15 +108,18 @@ pub enum NumaPlan {
 pub(super) fn plan(
     topology: &Topology,
     host: &HostSnapshot,
+    replicas: &[Replica<'_>],
     sharing: &[&Placement],
     found: &mut Found,
 ) -> KvPlan {
     let settings = &topology.kv;
     let enabled = topology.nodes.iter().any(NodeSettings::shares_kv);
     let capacity = settings.capacity.bytes(host.memory_total).max(LEAST);
+    let pools = pools(replicas, capacity);
     let mut plan = KvPlan {
         enabled,
-        capacity: capacity - capacity % HUGE_PAGE,
+        capacity: pools.iter().map(|pool| pool.capacity).sum(),
+        pools,
         arena: ArenaPlan {
             prefault_threads: (host.cpus.len() / 2).clamp(1, PREFAULT_THREADS),
             ..ArenaPlan::default()
@@ -341,6 +369,34 @@ fn near(nodes: &[NumaNode], host: &HostSnapshot, sharing: &[&Placement]) -> Vec<
         gpus.any(|gpu| gpu.numa_node == Some(node.id)) || cpus.any(|cpu| node.cpus.contains(cpu))
     };
     nodes.iter().filter(is_near).map(|node| node.id).collect()
+}
+
+/// Equal parts of the capacity, one for each `pool` that a node names.
+fn pools(replicas: &[Replica<'_>], capacity: u64) -> Vec<PoolPlan> {
+    let mut pools: Vec<PoolPlan> = Vec::new();
+    let sharing = replicas.iter().filter(|r| r.settings.shares_kv());
+    for replica in sharing {
+        let name = &replica.settings.pool;
+        let at = pools.iter().position(|pool| pool.name == *name);
+        let at = at.unwrap_or_else(|| {
+            pools.push(PoolPlan {
+                name: name.clone(),
+                ..PoolPlan::only(0)
+            });
+            pools.len() - 1
+        });
+        if let Some(pool) = pools.get_mut(at) {
+            pool.nodes.push(replica.id.clone());
+        }
+    }
+    if pools.is_empty() {
+        pools.push(PoolPlan::only(0));
+    }
+    let each = capacity / pools.len() as u64;
+    for pool in &mut pools {
+        pool.capacity = each - each % HUGE_PAGE;
+    }
+    pools
 }
 
 /// The placements of the nodes that share KV.

@@ -18,6 +18,7 @@ impl Launch<'_> {
         NodePlan {
             id: replica.id.clone(),
             role: replica.settings.role,
+            pool: replica.settings.pool.clone(),
             addr: loopback(placement.port),
             argv: self.argv(replica, &placement),
             env: self.env(replica, &placement),

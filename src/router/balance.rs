@@ -32,6 +32,7 @@ pub(super) struct Balancer {
 pub(super) struct Pick {
     pub(super) id: NodeId,
     pub(super) role: Role,
+    pub(super) pool: Arc<str>,
     pub(super) addr: SocketAddr,
     pub(super) incarnation: u64,
     /// Its KV was proven: it may take part in a hand-off.
@@ -56,6 +57,7 @@ impl Balancer {
         Some(Pick {
             id: node.id.clone(),
             role: node.role,
+            pool: node.pool.clone(),
             addr: node.addr,
             incarnation: node.incarnation,
             can_hand_off: node.can_hand_off(),

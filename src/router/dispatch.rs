@@ -14,6 +14,7 @@ use tokio::time::{Instant, timeout_at};
 
 use super::balance::Pick;
 use super::error::RouterError;
+use super::handoff::Prefilled;
 use super::legs::{self, Leg, LegError, Reply};
 use super::split::{self, WholeReason};
 use super::{Call, Context};
@@ -30,7 +31,7 @@ const SILENCE: Duration = Duration::from_secs(10);
 /// What the leg is to do.
 pub(super) enum Task<'a> {
     /// Answer a prompt that went through the prefill stage.
-    Decode(Option<&'a HandoffTicket>),
+    Decode(&'a Prefilled),
     /// Answer alone.
     Whole(WholeReason),
 }
@@ -38,8 +39,18 @@ pub(super) enum Task<'a> {
 impl Task<'_> {
     fn handoff(&self) -> Option<&HandoffId> {
         match self {
-            Self::Decode(ticket) => ticket.map(HandoffTicket::id),
+            Self::Decode(prefilled) => prefilled.ticket.as_ref().map(HandoffTicket::id),
             Self::Whole(_) => None,
+        }
+    }
+
+    /// This node finds what was prefilled.
+    fn suits(&self, role: Role, pool: &str) -> bool {
+        match self {
+            Self::Decode(prefilled) => {
+                role == Role::Decode && prefilled.pool.as_deref().is_none_or(|known| known == pool)
+            }
+            Self::Whole(_) => false,
         }
     }
 
@@ -118,7 +129,7 @@ fn suffix(attempts: usize) -> &'static str {
 /// Only decode nodes look for the hand-off, and only those whose loading was proven may.
 fn body_for(pick: &Pick, call: &Call<'_>, task: &Task<'_>) -> Bytes {
     match task.handoff() {
-        Some(handoff) if pick.role == Role::Decode && pick.can_hand_off => {
+        Some(handoff) if task.suits(pick.role, &pick.pool) && pick.can_hand_off => {
             split::decode_body(call.fields, handoff)
         }
         _ => split::whole_body(call.fields, call.original),
@@ -167,7 +178,9 @@ impl Choice {
     fn pick(&self, cx: &Context, task: &Task<'_>, fleet: &FleetSnapshot) -> Option<Pick> {
         let fresh = |node: &&NodeView| !self.has_tried(node);
         if task.handoff().is_some() {
-            let proven = |node: &&NodeView| fresh(node) && node.can_hand_off();
+            let proven = |node: &&NodeView| {
+                fresh(node) && node.can_hand_off() && task.suits(node.role, &node.pool)
+            };
             if let Some(pick) = cx.balancer.pick(fleet.ready(Role::Decode).filter(proven)) {
                 return Some(pick);
             }

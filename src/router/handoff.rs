@@ -15,6 +15,7 @@
 //! dropping the request stops P's work.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::AbortHandle;
@@ -35,6 +36,8 @@ const MAX_ATTEMPTS: usize = 2;
 pub(super) struct Prefilled {
     /// Kept until decode answered. `None`: there is nothing in the store to look for.
     pub(super) ticket: Option<HandoffTicket>,
+    /// Where the KV is.
+    pub(super) pool: Option<Arc<str>>,
     pub(super) background: Option<Background>,
 }
 
@@ -101,6 +104,7 @@ fn pick(cx: &Context, tried: &[Tried]) -> Option<Pick> {
     let fleet = cx.fleet.borrow().clone();
     let fresh = |node: &&NodeView| {
         node.can_hand_off()
+            && fleet.has_decode_for(node)
             && !tried
                 .iter()
                 .any(|(id, incarnation)| *id == node.id && *incarnation == node.incarnation)
@@ -182,16 +186,17 @@ impl Attempt {
 
     fn into_prefilled(self, cx: &Context, cancel: bool) -> Prefilled {
         let leg = self.leg.filter(|_| !cancel);
-        let background = leg.map(|leg| Background::spawn(cx, leg, self.pick));
         Prefilled {
+            pool: Some(self.pick.pool.clone()),
+            background: leg.map(|leg| Background::spawn(cx, leg, self.pick)),
             ticket: Some(self.ticket),
-            background,
         }
     }
 
     fn into_ticket(self) -> Prefilled {
         Prefilled {
             ticket: Some(self.ticket),
+            pool: Some(self.pick.pool.clone()),
             background: None,
         }
     }

@@ -27,7 +27,7 @@ use super::admission::{has_ready_node, retry_after};
 use super::body::Fields;
 use super::dispatch::{Delivery, Task, deliver};
 use super::error::RouterError;
-use super::handoff::{Prefilled, Stage, prefill};
+use super::handoff::{Stage, prefill};
 use super::legs::{Caller, CompleteReply, Reply, head};
 use super::metrics::{Observation, Outcome};
 use super::split::{Endpoint, WholeReason, never_split};
@@ -120,9 +120,9 @@ async fn answer(
         Some(reason) => (deliver(cx, &call, Task::Whole(reason)).await?, None),
         None => match prefill(cx, &call).await {
             Stage::Rejected(reply) => return Ok(Answer::Rejected(reply)),
-            Stage::Decode(Prefilled { ticket, background }) => {
-                let task = Task::Decode(ticket.as_ref());
-                (deliver(cx, &call, task).await?, background)
+            Stage::Decode(prefilled) => {
+                let delivery = deliver(cx, &call, Task::Decode(&prefilled)).await?;
+                (delivery, prefilled.background)
             }
         },
     };

@@ -225,7 +225,8 @@ fn next_step(
         let Some(role) = partner_role(node.role) else {
             continue;
         };
-        let partners = || fleet.nodes().filter(move |other| other.role == role);
+        let is_partner = move |other: &&NodeView| other.role == role && other.pool == node.pool;
+        let partners = || fleet.nodes().filter(is_partner);
         let mut candidates: Vec<_> = partners().filter(|other| is_eligible(other)).collect();
         // A proven partner makes the verdict unambiguous.
         candidates.sort_by_key(|other| other.trust != KvTrust::Proven);

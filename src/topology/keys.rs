@@ -85,6 +85,7 @@ pub(super) const NODE: Known = Known {
     keys: &[
         "name",
         "role",
+        "pool",
         "count",
         "gpus",
         "cpus",

@@ -20,7 +20,7 @@ use super::{
     Capacity, CpuRequest, Device, GpuRequest, HugepageRequest, KvSettings, ModelRef, NodeSettings,
     NumaRequest, RouterSettings, RuntimeSettings, SupervisorSettings, Topology,
 };
-use crate::fleet::Role;
+use crate::fleet::{DEFAULT_POOL, Role};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -291,6 +291,9 @@ fn node(mut section: Section<'_, '_, '_, '_>, device: Device) -> NodeSettings {
             .get("name", string)
             .unwrap_or_else(|| role.to_string()),
         role,
+        pool: section
+            .get("pool", string)
+            .unwrap_or_else(|| DEFAULT_POOL.to_owned()),
         count: section.get("count", integer(1..=64)).unwrap_or(1),
         gpus,
         cpus: section.get("cpus", cpus).unwrap_or(CpuRequest::Auto),

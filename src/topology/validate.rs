@@ -230,36 +230,73 @@ fn env(at: &At, node: &NodeSettings, findings: &mut Findings<'_>) {
     }
 }
 
+/// The pools, in the file's order, and the nodes of each that share KV.
+fn pools(topology: &Topology) -> Vec<Vec<(usize, &NodeSettings)>> {
+    let mut pools: Vec<Vec<(usize, &NodeSettings)>> = Vec::new();
+    let sharing = topology.nodes.iter().enumerate();
+    for (index, node) in sharing.filter(|(_, node)| node.shares_kv()) {
+        let same =
+            |pool: &&mut Vec<(usize, &NodeSettings)>| pool.iter().any(|(_, n)| n.pool == node.pool);
+        match pools.iter_mut().find(same) {
+            Some(pool) => pool.push((index, node)),
+            None => pools.push(vec![(index, node)]),
+        }
+    }
+    pools
+}
+
 fn roles(topology: &Topology, findings: &mut Findings<'_>) {
-    let unknown = |index| findings.is_bad(&At(index).key("role"));
-    if topology.nodes.is_empty() || (0..topology.nodes.len()).any(unknown) {
+    for (index, node) in topology.nodes.iter().enumerate() {
+        let key = At(index).key("pool");
+        if findings.is_bad(&key) || !findings.source.has(&key) {
+            continue;
+        }
+        if !is_name(&node.pool, 40) {
+            let found = format!("the name {:?}", node.pool);
+            findings.add(&key, bad(found, "1 to 40 of a-z, 0-9 and -"));
+        } else if !node.shares_kv() {
+            let conflict = ProblemKind::Conflict {
+                with: "`role = \"unified\"`".to_owned(),
+                instead: "leave it out: a unified node shares no KV".to_owned(),
+            };
+            findings.add(&key, conflict);
+        }
+    }
+    let unknown = |index| {
+        let at = At(index);
+        findings.is_bad(&at.key("role")) || findings.is_bad(&at.key("pool"))
+    };
+    if (0..topology.nodes.len()).any(unknown) {
         return;
     }
-    let first = |role| topology.nodes.iter().position(|node| node.role == role);
-    match (first(Role::Prefill), first(Role::Decode)) {
-        (Some(index), None) => {
-            findings.add(&At(index).key("role"), ProblemKind::PrefillWithoutDecode);
+    for pool in pools(topology) {
+        let first = |role| pool.iter().find(|(_, node)| node.role == role);
+        match (first(Role::Prefill), first(Role::Decode)) {
+            (Some((index, _)), None) => {
+                findings.add(&At(*index).key("role"), ProblemKind::PrefillWithoutDecode);
+            }
+            (None, Some((index, _))) => {
+                findings.add(&At(*index).key("role"), ProblemKind::DecodeWithoutPrefill);
+            }
+            _ => {}
         }
-        (None, Some(index)) => {
-            findings.add(&At(index).key("role"), ProblemKind::DecodeWithoutPrefill);
-        }
-        _ => {}
     }
 }
 
-/// Nodes that share KV are compared with the first of them.
 fn sharing(topology: &Topology, findings: &mut Findings<'_>) {
-    let mut sharing = topology
-        .nodes
-        .iter()
-        .enumerate()
-        .filter(|(_, node)| node.shares_kv());
-    let Some((first_index, first)) = sharing.next() else {
+    for pool in pools(topology) {
+        agreeing(&pool, findings);
+    }
+}
+
+/// Nodes that exchange KV are compared with the first of them.
+fn agreeing(pool: &[(usize, &NodeSettings)], findings: &mut Findings<'_>) {
+    let Some(((first_index, first), others)) = pool.split_first() else {
         return;
     };
     let other = format!("node[{first_index}]");
     let first_flags = kv_flags(first);
-    for (index, node) in sharing {
+    for &(index, node) in others {
         let at = At(index);
         let tensor_parallel = if findings.source.has(&at.key("tensor_parallel")) {
             at.key("tensor_parallel")

@@ -19,7 +19,7 @@ use pegaflow::engine::client::{Client, Query};
 use pegaflow::engine::protocol::{ClientMessage as M, Commit, RequestName, SessionKind, SlotRef};
 use pegaflow::engine::{Engine, EngineConfig};
 use pegaflow::handoff::{HandoffBoard, HandoffFailure, HandoffOutcome, HandoffState};
-use pegaflow::plan::ArenaPlan;
+use pegaflow::plan::{ArenaPlan, PoolPlan};
 use prometheus_client::registry::Registry;
 
 use crate::node::Node;
@@ -81,7 +81,9 @@ impl Storm {
         let config = EngineConfig {
             socket_path: socket.clone(),
             token: TOKEN.into(),
-            capacity: 4096 + u64::from(SLOTS) * ROW_BYTES * u64::from(plan.world),
+            pools: vec![PoolPlan::only(
+                4096 + u64::from(SLOTS) * ROW_BYTES * u64::from(plan.world),
+            )],
             arena: ArenaPlan::default(),
             handoff_deadline: HANDOFF_DEADLINE,
         };

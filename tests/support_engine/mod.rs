@@ -12,7 +12,7 @@ use pegaflow::engine::protocol::{
 };
 use pegaflow::engine::{Engine, EngineConfig};
 use pegaflow::handoff::{HandoffBoard, HandoffId, HandoffOutcome, HandoffTicket};
-use pegaflow::plan::ArenaPlan;
+use pegaflow::plan::{ArenaPlan, PoolPlan};
 use prometheus_client::registry::Registry;
 
 pub const LIMIT: Duration = Duration::from_secs(20);
@@ -30,7 +30,7 @@ pub fn config(socket: PathBuf) -> EngineConfig {
     EngineConfig {
         socket_path: socket,
         token: "secret".into(),
-        capacity: 4096 + 32 * 1024,
+        pools: vec![PoolPlan::only(4096 + 32 * 1024)],
         handoff_deadline: Duration::from_secs(20),
         arena: ArenaPlan::default(),
     }

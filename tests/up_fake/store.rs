@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::support::client::completion;
-use crate::support::{HANG, Site};
+use crate::support::client::{completion, is_proven};
+use crate::support::{HANG, Site, topology};
 
 fn kv(site: &Site, action: &str) -> Value {
     let output = site
@@ -39,6 +39,51 @@ async fn the_store_can_be_looked_at_and_emptied() {
     // And goes on.
     up.generate(&completion(1, 320, 4)).await;
     assert!(kv(&site, "stats")["ready"].as_u64().unwrap() >= 10);
+    up.stop().await;
+}
+
+/// Two pairs whose KV has another shape, behind one endpoint.
+#[tokio::test(flavor = "multi_thread")]
+async fn each_pool_hands_off_within_itself() {
+    let site = Site::new();
+    let text = topology(site.port);
+    let (head, _) = text.split_once("[[node]]").unwrap();
+    let nodes = [("a", 1), ("b", 2)].map(|(pool, ranks)| {
+        let node = |role: &str| {
+            format!(
+                "[[node]]\nname = \"{role}-{pool}\"\nrole = \"{role}\"\npool = \"{pool}\"\n\
+                 tensor_parallel = {ranks}\n"
+            )
+        };
+        node("prefill") + &node("decode")
+    });
+    site.topology(&(head.to_owned() + &nodes.concat()));
+    let up = site.up_ready().await;
+    for node in ["prefill-a", "decode-a", "prefill-b", "decode-b"] {
+        up.wait_for_node(node, is_proven).await;
+    }
+    let loaded = async |node: &str| {
+        let name = "vllm:external_prefix_cache_hits_total";
+        up.node_metric(node, name).await
+    };
+    let before = [loaded("decode-a").await, loaded("decode-b").await];
+    for seed in 0..6 {
+        let body = completion(seed, 320, 16);
+        let whole = up.whole("decode-a", &body).await;
+        assert_eq!(up.generate(&body).await.text, whole.text);
+    }
+    let after = [loaded("decode-a").await, loaded("decode-b").await];
+    // Requests in turn: three to each pair, and each found its own pool's KV.
+    for (before, after) in before.into_iter().zip(after) {
+        assert!(after - before >= 3.0 * 320.0 - 32.0, "{before} {after}");
+    }
+    let stats = kv(&site, "stats");
+    for pool in ["a", "b"] {
+        assert!(
+            stats["pools"][pool]["used"].as_u64().unwrap() > 0,
+            "{stats}"
+        );
+    }
     up.stop().await;
 }
 

@@ -93,7 +93,7 @@ impl Store {
             });
         }
         let id = self.next_session;
-        self.next_session += 1;
+        self.next_session += self.config.sessions.1;
         let session = Session {
             owner: owner(hello),
             kind: hello.kind,

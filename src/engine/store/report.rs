@@ -1,11 +1,7 @@
 //! What the store says about itself, and what an operator may do to it.
 
-use std::cmp::Reverse;
-
 use super::*;
-use crate::engine::inspect::{
-    Flushed, HandoffInfo, Inspection, LeaseInfo, MAX_LISTED, NamespaceInfo,
-};
+use crate::engine::inspect::{Flushed, HandoffInfo, Inspection, LeaseInfo, NamespaceInfo};
 use crate::engine::protocol::Loaded;
 
 impl Store {
@@ -28,15 +24,16 @@ impl Store {
             namespace: self.namespace.clone().unwrap_or_default().0,
             sessions: self.sessions.values().map(Session::stats).collect(),
             counters: self.counters.clone(),
+            pools: BTreeMap::new(),
         }
     }
 
-    pub fn namespaces(&self) -> Vec<NamespaceInfo> {
-        let Some((fields, world)) = &self.namespace else {
-            return Vec::new();
-        };
+    /// `None` while there is none.
+    pub fn namespace(&self) -> Option<NamespaceInfo> {
+        let (fields, world) = self.namespace.as_ref()?;
         let census = self.index.census();
-        vec![NamespaceInfo {
+        Some(NamespaceInfo {
+            pool: String::new(),
             epoch: self.arena().map_or(0, |(epoch, _)| epoch),
             fields: fields.clone(),
             world: *world,
@@ -49,16 +46,11 @@ impl Store {
             leased: self.index.leased(),
             reserved: self.handoffs.reserved(),
             arena_bytes: self.shape.map_or(0, |shape| shape.arena_bytes),
-        }]
+        })
     }
 
-    pub fn inspect(&self, now: Instant) -> Inspection {
-        let mut leases: Vec<_> = self.leases(now).collect();
-        leases.sort_by(|a, b| b.age_seconds.total_cmp(&a.age_seconds));
-        leases.truncate(MAX_LISTED);
-        let mut handoffs: Vec<_> = self.handoffs.iter().collect();
-        handoffs.sort_by_key(|handoff| Reverse(age(handoff.opened, now)));
-        handoffs.truncate(MAX_LISTED);
+    /// Adds its sessions, leases and hand-offs.
+    pub fn inspect(&self, now: Instant, all: &mut Inspection) {
         let handoff = |handoff: &Handoff| HandoffInfo {
             id: handoff.id.to_string(),
             node: handoff.owner.node.clone(),
@@ -69,12 +61,10 @@ impl Store {
             reserved: handoff.reserved(),
             age_seconds: age(handoff.opened, now).as_secs_f64(),
         };
-        Inspection {
-            namespaces: self.namespaces(),
-            sessions: self.sessions.values().map(Session::stats).collect(),
-            leases,
-            handoffs: handoffs.into_iter().map(handoff).collect(),
-        }
+        all.sessions
+            .extend(self.sessions.values().map(Session::stats));
+        all.leases.extend(self.leases(now));
+        all.handoffs.extend(self.handoffs.iter().map(handoff));
     }
 
     /// Evicts every chunk that nobody writes, reads or waits for.

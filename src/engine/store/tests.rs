@@ -6,6 +6,7 @@ mod ops;
 mod sessions;
 
 use super::*;
+use crate::engine::inspect::Inspection;
 use crate::engine::protocol::{Granted, HandoffName, Hello, RequestName};
 
 const WORLD: u32 = 2;
@@ -17,6 +18,7 @@ fn store_with(slots: u64) -> Store {
         capacity: 4096 + slots * 64,
         handoff_deadline: PATIENCE,
         first_epoch: 1,
+        sessions: (1, 1),
     })
 }
 
@@ -256,7 +258,12 @@ fn an_abandoned_handoff_holds_nothing() {
 fn an_operator_sees_what_is_held_and_flushes_what_is_not() {
     let mut store = store_with(10);
     let now = Instant::now();
-    assert!(store.namespaces().is_empty());
+    assert_eq!(store.namespace(), None);
+    let inspect = |store: &Store, now| {
+        let mut seen = Inspection::default();
+        store.inspect(now, &mut seen);
+        seen
+    };
     let workers: Vec<_> = (0..WORLD)
         .map(|rank| store.admit(hello(0, 1, Some(rank))).unwrap().session)
         .collect();
@@ -287,11 +294,9 @@ fn an_operator_sees_what_is_held_and_flushes_what_is_not() {
     let message = ClientMessage::Store(query("opens", Some("h0"), &prompt(3, 1)));
     store.handle(scheduler, message, now).unwrap();
 
-    let seen = store.inspect(now + Duration::from_secs(3));
+    let seen = inspect(&store, now + Duration::from_secs(3));
     assert_eq!(seen.sessions.len(), 3);
-    let [namespace] = seen.namespaces.as_slice() else {
-        panic!("not one namespace");
-    };
+    let namespace = store.namespace().unwrap();
     assert_eq!(
         (namespace.ready, namespace.pending, namespace.free),
         (6, 1, 3)
@@ -314,7 +319,7 @@ fn an_operator_sees_what_is_held_and_flushes_what_is_not() {
     );
     assert_eq!(store.stats(now + PATIENCE).oldest_lease_seconds, 60.0);
     store.disconnect(scheduler, Lost::Closed);
-    let lease = store.inspect(now).leases.remove(0);
+    let lease = inspect(&store, now).leases.remove(0);
     assert_eq!((lease.request, lease.chunks), (None, 2));
 
     let flushed = store.flush();

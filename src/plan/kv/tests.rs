@@ -3,6 +3,7 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use super::*;
+use crate::fleet::Role;
 use crate::host::{Gpu, Memlock, MemoryFacts, NvmlStatus};
 
 const GIB: u64 = 1 << 30;
@@ -66,7 +67,7 @@ fn on_cpus(cpus: &[usize]) -> Placement {
 fn planned(kv: &str, host: &HostSnapshot, placements: &[Placement]) -> (KvPlan, Found) {
     let mut found = Found::default();
     let sharing: Vec<&Placement> = placements.iter().collect();
-    let plan = plan(&topology("cuda", kv), host, &sharing, &mut found);
+    let plan = plan(&topology("cuda", kv), host, &[], &sharing, &mut found);
     (plan, found)
 }
 
@@ -292,7 +293,7 @@ fn a_lock_limit_below_the_store_is_warned_of_where_it_matters() {
         let (_, found) = planned("", &host, &[]);
         assert_eq!(found.has_warnings(), warned, "{memlock:?}");
         let mut found = Found::default();
-        plan(&topology("cpu", ""), &host, &[], &mut found);
+        plan(&topology("cpu", ""), &host, &[], &[], &mut found);
         assert!(!found.has_warnings(), "nothing is registered on the CPU");
     }
 }
@@ -304,7 +305,7 @@ fn the_nodes_need_memory_too() {
     for (free, warned) in [(18, false), (17, true)] {
         host.memory_available = free * GIB;
         let mut found = Found::default();
-        plan(&topology("cpu", ""), &host, &[], &mut found);
+        plan(&topology("cpu", ""), &host, &[], &[], &mut found);
         assert!(found.problems().is_empty());
         assert_eq!(found.has_warnings(), warned, "{free}");
     }
@@ -353,4 +354,35 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn each_pool_gets_an_equal_part_of_the_capacity() {
+    let node = |name: &str, role, pool: &str| crate::topology::NodeSettings {
+        role,
+        pool: pool.to_owned(),
+        ..crate::plan::tests::node(name)
+    };
+    let nodes = [
+        node("p0", Role::Prefill, "a"),
+        node("p1", Role::Prefill, "b"),
+        node("u", Role::Unified, "default"),
+        node("d0", Role::Decode, "a"),
+        node("d1", Role::Decode, "b"),
+        node("d2", Role::Decode, "c"),
+    ];
+    let pools = super::pools(&crate::plan::tests::replicas_of(&nodes), 100 << 20);
+    let shown: Vec<_> = pools
+        .iter()
+        .map(|pool| {
+            let nodes: Vec<_> = pool.nodes.iter().map(NodeId::as_str).collect();
+            (pool.name.as_str(), nodes.join(" "), pool.capacity >> 20)
+        })
+        .collect();
+    let expected = [("a", "p0 d0", 32), ("b", "p1 d1", 32), ("c", "d2", 32)];
+    assert_eq!(
+        shown,
+        expected.map(|(name, nodes, mib)| (name, nodes.to_owned(), mib))
+    );
+    assert_eq!(super::pools(&[], 7 << 20), [PoolPlan::only(6 << 20)]);
 }

@@ -62,6 +62,32 @@ fn a_node_waits_for_a_partner_that_may_come_but_not_for_a_dead_one() {
 }
 
 #[test]
+fn partners_are_of_one_pool() {
+    let nodes = [
+        ("d0", Role::Decode, "a"),
+        ("d1", Role::Decode, "b"),
+        ("p0", Role::Prefill, "a"),
+        ("p1", Role::Prefill, "b"),
+    ];
+    let addr = SocketAddr::from(([127, 0, 0, 1], 1));
+    let views = nodes.map(|(name, role, pool)| {
+        let mut view = NodeView::pending(name.into(), role, addr).in_pool(pool);
+        let late = name == "p0";
+        view.phase = if late {
+            Phase::Starting
+        } else {
+            Phase::Verifying
+        };
+        view
+    });
+    let fleet = FleetPublisher::new(views).snapshot();
+    let Step::Examine(pair) = step(&fleet, GRACE) else {
+        panic!("nothing to examine");
+    };
+    assert_eq!((pair.0.id.as_str(), pair.1.id.as_str()), ("p1", "d1"));
+}
+
+#[test]
 fn a_blocked_pair_is_looked_at_again_in_time() {
     let fleet = fleet(&[
         ("d", Role::Decode, Phase::Verifying, KvTrust::Unproven),
