@@ -89,6 +89,10 @@ impl Handoff {
         u32::try_from(self.keys.len()).unwrap_or(u32::MAX)
     }
 
+    pub fn keys(&self) -> impl Iterator<Item = SlotRef> {
+        self.keys.iter().copied()
+    }
+
     /// Its keys; their leases end with it.
     pub fn into_leases(self) -> impl Iterator<Item = SlotRef> {
         self.keys.into_iter()

@@ -1,10 +1,11 @@
-//! Which chunk is in which slot. Pure: no I/O, no clock.
+//! Which chunk is in which slot. Pure: no I/O, no clock (the caller passes the time).
 //!
 //! ```text
 //!          insert              every rank committed
 //!  Free ──────────▶ Pending ───────────────────────▶ Ready ──┐
-//!   ▲                  │ a rank discarded,             │     │ lease / unlease
-//!   │                  ▼ or the session was lost       │  ◀──┘
+//!   ▲                  │ a rank discarded, the         │     │ lease / unlease
+//!   │                  │ session was lost, or          │  ◀──┘
+//!   │                  ▼ it took too long              │
 //!   ├──────────── Quarantined                          │
 //!   │  every rank is done, or reaped                   │
 //!   └──────────────────────────────── evict ───────────┘ (not held)
@@ -31,6 +32,7 @@ mod traces;
 mod writes;
 
 use std::hash::{BuildHasher, RandomState};
+use std::time::Instant;
 
 pub use self::chunk::{Census, Committed, Discarded, NewChunk, Owner, Resident, Waiter, Writer};
 use self::chunk::{Chunk, Key, NONE, Parent, Place, Slot};
@@ -139,7 +141,7 @@ impl Index {
         });
         self.by_key.insert(hash, slot);
         let at = self.reference(slot);
-        self.writes.begin(at, new.owner);
+        self.writes.begin(at, new.owner, new.since);
         if let Some(parent) = new.parent {
             self.adopt(at, parent);
         }
@@ -244,6 +246,18 @@ impl Index {
     pub fn discard_all(&mut self, by: &Owner) -> Vec<Waiter> {
         let pending = self.writes.pending_of(by).into_iter();
         pending.flat_map(|slot| self.quarantine(slot)).collect()
+    }
+
+    /// Gives up a chunk that has been Pending since `before` or longer; who waited for it. `None`: it
+    /// is Ready, younger, or gone.
+    pub fn give_up(&mut self, at: SlotRef, before: Instant) -> Option<Vec<Waiter>> {
+        let stuck = self.writes.is_pending_since(at, before);
+        stuck.then(|| self.quarantine(at.slot))
+    }
+
+    /// Since when the oldest Pending chunk is.
+    pub fn oldest_pending(&self) -> Option<Instant> {
+        self.writes.oldest_pending()
     }
 
     /// `by` has ended every copy of its earlier sessions: it writes no quarantined slot any more.

@@ -77,13 +77,21 @@ fn gauges(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats, up: bool) ->
         let name = format!("pegaflow_engine_{name}");
         gauge.encode(encoder.encode_descriptor(&name, help, None, gauge.metric_type())?)?;
     }
-    let oldest = ConstGauge::new(stats.oldest_lease_seconds);
-    oldest.encode(encoder.encode_descriptor(
-        "pegaflow_engine_oldest_lease_age",
-        "How long the oldest lease of a request has lasted",
-        Some(&Unit::Seconds),
-        oldest.metric_type(),
-    )?)?;
+    for (name, help, age) in [
+        (
+            "pegaflow_engine_oldest_lease_age",
+            "How long the oldest lease of a request has lasted",
+            stats.oldest_lease_seconds,
+        ),
+        (
+            "pegaflow_engine_oldest_pending_age",
+            "How long the oldest chunk has been in writing",
+            stats.oldest_pending_seconds,
+        ),
+    ] {
+        let (unit, gauge) = (Some(&Unit::Seconds), ConstGauge::new(age));
+        gauge.encode(encoder.encode_descriptor(name, help, unit, gauge.metric_type())?)?;
+    }
     let mut sessions: BTreeMap<(&str, &str), i64> = BTreeMap::new();
     for session in &stats.sessions {
         let kind = match session.kind {
@@ -123,7 +131,7 @@ fn arena(encoder: &mut DescriptorEncoder<'_>, bytes: u64, prefaulted: u64) -> fm
 
 fn counters(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats) -> fmt::Result {
     let c = &stats.counters;
-    let counters: [(&str, &str, u64); 11] = [
+    let counters: [(&str, &str, u64); 12] = [
         ("lookups", "Lookups", c.lookups),
         ("evictions", "Chunks evicted", stats.evictions),
         ("stores_refused", "Stores without space", c.stores_refused),
@@ -136,6 +144,11 @@ fn counters(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats) -> fmt::Re
             "discarded_chunks",
             "Chunks that could not be saved",
             c.discarded_chunks,
+        ),
+        (
+            "stuck_chunks",
+            "Chunks given up because their save never ended",
+            c.stuck_chunks,
         ),
         (
             "stale_refs",

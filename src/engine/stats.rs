@@ -29,6 +29,8 @@ pub struct EngineStats {
     pub evictions: u64,
     /// How long the oldest lease of a request has lasted; 0 without any.
     pub oldest_lease_seconds: f64,
+    /// How long the oldest chunk has been Pending; 0 without any.
+    pub oldest_pending_seconds: f64,
     pub namespace: BTreeMap<String, String>,
     pub sessions: Vec<SessionStats>,
     /// Occupancy, pool by pool.
@@ -71,6 +73,8 @@ pub struct Counters {
     /// From the beginning of a rank's copy to its end.
     pub save_seconds: Latencies,
     pub discarded_chunks: u64,
+    /// Chunks that were given up because a rank neither wrote nor discarded its part in time.
+    pub stuck_chunks: u64,
     /// Commits and discards that named a chunk of the past.
     pub stale_refs: u64,
     pub loaded_chunks: u64,
@@ -139,6 +143,9 @@ impl EngineStats {
         self.arena_bytes += other.arena_bytes;
         self.evictions += other.evictions;
         self.oldest_lease_seconds = self.oldest_lease_seconds.max(other.oldest_lease_seconds);
+        self.oldest_pending_seconds = self
+            .oldest_pending_seconds
+            .max(other.oldest_pending_seconds);
         if self.namespace.is_empty() {
             self.namespace = other.namespace;
         }
@@ -171,6 +178,7 @@ impl Counters {
             saved_bytes,
             save_seconds,
             discarded_chunks,
+            stuck_chunks,
             stale_refs,
             loaded_chunks,
             loaded_bytes,
@@ -197,6 +205,7 @@ impl Counters {
         self.saved_bytes = self.saved_bytes.saturating_add(saved_bytes);
         self.save_seconds.add(&save_seconds);
         self.discarded_chunks += discarded_chunks;
+        self.stuck_chunks += stuck_chunks;
         self.stale_refs += stale_refs;
         self.loaded_chunks += loaded_chunks;
         self.loaded_bytes = self.loaded_bytes.saturating_add(loaded_bytes);

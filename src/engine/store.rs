@@ -208,7 +208,7 @@ impl Store {
                 return Ok(Some(ServerMessage::Found(found)));
             }
             (SessionKind::Scheduler, M::Store(query)) => {
-                let granted = self.save(session, &query)?;
+                let granted = self.save(session, &query, now)?;
                 return Ok(Some(ServerMessage::Granted(granted)));
             }
             (SessionKind::Scheduler, M::Open(open)) => self.open(session, open, now)?,
@@ -322,7 +322,12 @@ impl Store {
     /// Ends what has lasted too long.
     pub fn expire(&mut self, now: Instant) {
         while let Some(number) = self.handoffs.overdue(now) {
+            let stuck = self.give_up_stuck(number, now);
             self.fail(number, HandoffFailure::Deadline);
+            // Those that came later wait for the same chunks.
+            for waiter in stuck {
+                self.fail(waiter, HandoffFailure::SaveFailed);
+            }
         }
     }
 

@@ -1,5 +1,7 @@
 //! What a slot holds, and what is asked and answered about it.
 
+use std::time::Instant;
+
 use crate::engine::protocol::SlotRef;
 use crate::fleet::NodeId;
 
@@ -129,6 +131,8 @@ pub struct NewChunk<'a> {
     pub key: &'a [u8],
     pub parent: Option<SlotRef>,
     pub owner: &'a Owner,
+    /// From when on it is Pending.
+    pub since: Instant,
 }
 
 /// A chunk that is in the index.

@@ -44,7 +44,14 @@ fn measure(chunks: u32) -> Figures {
     for n in 0..chunks {
         let key = &key(n);
         let owner = &writer.owner;
-        let at = index.insert(NewChunk { key, parent, owner }).unwrap();
+        let at = index
+            .insert(NewChunk {
+                key,
+                parent,
+                owner,
+                since: started,
+            })
+            .unwrap();
         assert!(matches!(index.commit(at, &writer), Committed::Ready(_)));
         // Held until its child is there, as by a request.
         index.lease(at);

@@ -78,6 +78,7 @@ impl Ours {
                 key: &chunk.to_le_bytes(),
                 parent: leases.last().copied(),
                 owner: &self.writer.owner,
+                since: std::time::Instant::now(),
             };
             let Some(at) = self.index.insert(new) else {
                 break;

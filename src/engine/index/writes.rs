@@ -3,12 +3,13 @@
 //! ```text
 //!                    every rank committed
 //!   Pending ───────────────────────────────────▶ (Ready, no longer here)
-//!      │ a rank discarded, or the session was lost
+//!      │ a rank discarded, the session was lost, or it took too long
 //!      ▼
 //!   Quarantined ── every rank committed, discarded or said hello again ──▶ (Free, no longer here)
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::time::Instant;
 
 use super::chunk::{Owner, Waiter, Writer};
 use crate::engine::protocol::SlotRef;
@@ -28,6 +29,7 @@ struct Write {
     owner: Owner,
     /// As granted; a Quarantined slot's own generation has risen since.
     generation: u32,
+    since: Instant,
     done: u64,
     state: State,
 }
@@ -70,12 +72,13 @@ impl Writes {
         self.quarantined
     }
 
-    pub fn begin(&mut self, at: SlotRef, owner: &Owner) {
+    pub fn begin(&mut self, at: SlotRef, owner: &Owner, since: Instant) {
         let slots = self.owners.entry(owner.clone()).or_default();
         slots.insert(at.slot);
         let write = Write {
             owner: owner.clone(),
             generation: at.generation,
+            since,
             done: 0,
             state: State::Pending(Vec::new()),
         };
@@ -97,7 +100,20 @@ impl Writes {
     pub fn is_pending(&self, at: SlotRef, owner: &Owner) -> bool {
         self.slots
             .get(&at.slot)
-            .is_some_and(|write| write.is(at, owner) && matches!(write.state, State::Pending(_)))
+            .is_some_and(|write| write.is(at, owner) && write.is_pending())
+    }
+
+    /// Whether the chunk that `at` names has been Pending since `before` or longer.
+    pub fn is_pending_since(&self, at: SlotRef, before: Instant) -> bool {
+        let write = self.slots.get(&at.slot);
+        write.is_some_and(|write| {
+            write.is_pending() && write.generation == at.generation && write.since <= before
+        })
+    }
+
+    pub fn oldest_pending(&self) -> Option<Instant> {
+        let pending = self.slots.values().filter(|write| write.is_pending());
+        pending.map(|write| write.since).min()
     }
 
     pub fn done(&mut self, at: SlotRef, by: &Writer) -> Done {
@@ -141,7 +157,7 @@ impl Writes {
         let slots = self.owners.get(owner).into_iter().flatten().copied();
         let pending = |slot: &u32| {
             let write = self.slots.get(slot);
-            write.is_some_and(|write| matches!(write.state, State::Pending(_)))
+            write.is_some_and(Write::is_pending)
         };
         slots.filter(pending).collect()
     }
@@ -217,6 +233,10 @@ impl Writes {
 }
 
 impl Write {
+    fn is_pending(&self) -> bool {
+        matches!(self.state, State::Pending(_))
+    }
+
     fn is(&self, at: SlotRef, owner: &Owner) -> bool {
         self.generation == at.generation && self.owner == *owner
     }

@@ -8,6 +8,7 @@ impl Store {
     pub fn stats(&self, now: Instant) -> EngineStats {
         let census = self.index.census();
         let oldest = self.leases(now).map(|lease| lease.age_seconds);
+        let pending = self.index.oldest_pending();
         EngineStats {
             epoch: self.arena().map_or(0, |(epoch, _)| epoch),
             slots: self.index.slots(),
@@ -21,6 +22,7 @@ impl Store {
             arena_bytes: self.shape.map_or(0, |shape| shape.arena_bytes),
             evictions: self.index.evictions(),
             oldest_lease_seconds: oldest.fold(0.0, f64::max),
+            oldest_pending_seconds: pending.map_or(0.0, |since| age(since, now).as_secs_f64()),
             namespace: self.namespace.clone().unwrap_or_default().0,
             sessions: self.sessions.values().map(Session::stats).collect(),
             counters: self.counters.clone(),

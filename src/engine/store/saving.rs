@@ -54,6 +54,7 @@ impl Store {
         &mut self,
         session: SessionId,
         query: &KeyQuery,
+        now: Instant,
     ) -> Result<Granted, ProtocolError> {
         let keys = query.keys()?;
         let handoff = self.named_handoff(query)?;
@@ -74,6 +75,7 @@ impl Store {
                     keys: &keys,
                     owner,
                     handoff,
+                    since: now,
                 };
                 Some(self.insert_all(batch, request.tails))
             }
@@ -148,6 +150,7 @@ impl Store {
                         key,
                         parent,
                         owner: &batch.owner,
+                        since: batch.since,
                     };
                     let Some(at) = self.index.insert(chunk) else {
                         tracing::error!("no slot where one was counted; a chunk is not saved");
@@ -276,6 +279,27 @@ impl Store {
         }
     }
 
+    /// The hand-off's time is over. A chunk of it that has been written for half of that time will
+    /// never be: without this, every later prompt with that chunk would wait for it, too.
+    pub(super) fn give_up_stuck(&mut self, number: Number, now: Instant) -> Vec<Waiter> {
+        let Some(handoff) = self.handoffs.get(number).filter(|h| h.is_running()) else {
+            return Vec::new();
+        };
+        let Some(before) = now.checked_sub(self.config.handoff_deadline / 2) else {
+            return Vec::new();
+        };
+        let keys: Vec<_> = handoff.keys().collect();
+        let mut waiters = Vec::new();
+        for key in keys {
+            if let Some(waited) = self.index.give_up(key, before) {
+                self.counters.stuck_chunks += 1;
+                waiters.extend(waited);
+            }
+        }
+        self.sync_generations();
+        waiters
+    }
+
     pub(super) fn fail_unsealed(&mut self, number: Number) {
         let open = self.handoffs.get(number).map(|handoff| handoff.stage);
         if open == Some(Stage::Open) {
@@ -361,4 +385,5 @@ struct Batch<'a> {
     keys: &'a [&'a [u8]],
     owner: Owner,
     handoff: Option<Number>,
+    since: Instant,
 }

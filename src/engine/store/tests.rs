@@ -227,6 +227,84 @@ fn what_a_decode_node_looked_up_is_not_held_by_the_handoff_any_more() {
     assert_eq!(store.index.leases(), 0);
 }
 
+/// A worker that neither writes nor discards must not make every later prompt wait for its chunk.
+#[test]
+fn a_chunk_that_is_never_written_is_given_up_with_the_handoff_that_waited_for_it() {
+    let mut store = store_with(10);
+    let start = Instant::now();
+    let workers: Vec<_> = (0..WORLD)
+        .map(|rank| store.admit(hello(0, 1, Some(rank))).unwrap().session)
+        .collect();
+    let p = store.admit(hello(0, 1, None)).unwrap().session;
+    let keys = prompt(1, 2);
+    let hand_off = |store: &mut Store, n: usize, now| {
+        let open = Open {
+            request: format!("r{n}"),
+            handoff: format!("h{n}"),
+            chunks: 2,
+        };
+        store.handle(p, ClientMessage::Open(open), now).unwrap();
+        let save = query(&format!("r{n}"), Some(&format!("h{n}")), &keys);
+        let granted = store.handle(p, ClientMessage::Store(save), now).unwrap();
+        store
+            .handle(p, ClientMessage::Seal(seal_of(n)), now)
+            .unwrap();
+        let Some(ServerMessage::Granted(granted)) = granted else {
+            panic!("not granted");
+        };
+        granted
+    };
+    let first = hand_off(&mut store, 0, start);
+    let later = start + PATIENCE / 2 + Duration::from_secs(1);
+    assert!(
+        hand_off(&mut store, 1, later).refs.is_empty(),
+        "it waits for the first's chunks"
+    );
+    assert_eq!(store.stats(later).oldest_pending_seconds, 31.0);
+    // One rank has written; the other never says anything.
+    let commit = ClientMessage::Commit(Commit {
+        refs: first.refs.clone(),
+        bytes: 0,
+        micros: 0,
+    });
+    store.handle(workers[0], commit.clone(), later).unwrap();
+
+    store.expire(start + PATIENCE);
+    let failed = |id: &str, why| (id.to_owned(), HandoffOutcome::Failed(why));
+    assert_eq!(
+        outcomes(&mut store),
+        [
+            failed("h0", HandoffFailure::Deadline),
+            failed("h1", HandoffFailure::SaveFailed)
+        ]
+    );
+    let census = store.index.census();
+    assert_eq!((census.pending, census.quarantined), (0, 2));
+    assert_eq!(store.counters.stuck_chunks, 2);
+
+    // The next prompt gets other slots, and a commit that comes after all frees the first ones.
+    let again = hand_off(&mut store, 2, start + PATIENCE);
+    assert!(!again.refs.is_empty() && again.refs != first.refs);
+    store.handle(workers[1], commit, start + PATIENCE).unwrap();
+    assert_eq!(store.index.census().quarantined, 0);
+    // A young chunk is not given up with its hand-off: it may still be written.
+    let opened = start + PATIENCE + PATIENCE / 2;
+    let open = |n: usize, chunks| {
+        ClientMessage::Open(Open {
+            request: format!("r{n}"),
+            handoff: format!("h{n}"),
+            chunks,
+        })
+    };
+    store.handle(p, open(3, 1), opened).unwrap();
+    let late = opened + PATIENCE - Duration::from_secs(1);
+    let save = ClientMessage::Store(query("r3", Some("h3"), &prompt(2, 1)));
+    store.handle(p, save, late).unwrap();
+    store.expire(opened + PATIENCE);
+    assert_eq!(store.index.census().pending, 1);
+    store.index.check();
+}
+
 #[test]
 fn an_abandoned_handoff_holds_nothing() {
     let mut store = store_with(10);
