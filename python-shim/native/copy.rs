@@ -1,11 +1,18 @@
 //! Copies pages between a KV cache and the arena, many at a call. `build.rs` makes a small shared
-//! library of this file alone (no dependencies, no allocation), which the shim loads with ctypes
-//! and does without if it cannot (`pegaflow_vllm/copy.py`).
+//! library of this file and `checksum.rs` (no dependencies, no allocation), which the shim loads with
+//! ctypes and does without if it cannot (`pegaflow_vllm/copy.py`).
 //!
 //! Why not NumPy: a page costs it about as much as 8 KiB of copying, and an ordinary copy reads
 //! each line of its target before it overwrites it. Here lines are written past the cache, four
 //! pages at a time as glibc does for copies of many MiB.
+//!
+//! The caller looks at the slots' generations before and after. Fences keep what is copied between the
+//! two looks, and what was saved before whatever the caller says next, on every processor.
 #![no_std]
+
+mod checksum;
+
+use core::sync::atomic::{Ordering, fence};
 
 /// One layer: page `n` of the cache is `size` bytes at `cache + n * cache_stride`, its place in row
 /// `n` of the arena is `arena + n * arena_stride`.
@@ -49,6 +56,7 @@ pub unsafe extern "C" fn pegaflow_load(plan: &Plan) {
 /// # Safety
 /// As for [`pegaflow_save`].
 unsafe fn each_page(plan: &Plan, visit: impl Fn(*mut u8, *mut u8, usize)) {
+    fence(Ordering::Acquire);
     for at in 0..plan.count {
         // SAFETY: `blocks` and `slots` hold `count` numbers, `lanes` holds `lanes_len` lanes.
         let (block, slot) = unsafe { (*plan.blocks.add(at), *plan.slots.add(at)) };
@@ -66,6 +74,7 @@ unsafe fn each_page(plan: &Plan, visit: impl Fn(*mut u8, *mut u8, usize)) {
         }
     }
     finish();
+    fence(Ordering::AcqRel);
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -121,9 +130,10 @@ mod streaming {
     }
 
     /// Four lines that lie `apart`: all loads, then all stores.
-    #[inline(always)]
+    ///
     /// # Safety
     /// 64 bytes of both at each of four places, `apart` from one another; `to` is aligned to 16.
+    #[inline(always)]
     unsafe fn lines(from: *const u8, to: *mut u8, apart: usize, backward: bool) {
         let step = AHEAD * LINE;
         let soon = if backward {

@@ -4,7 +4,8 @@
                          \\- it is not, or will not load -> NumPy, a stretch of neighbouring blocks at a time
     cache on a device ----------------------------------> torch, layer by layer
 
-pegaflow puts the library (native/copy.rs) beside this file. It changes how fast a copy is, nothing else.
+pegaflow puts the library (native/copy.rs; checksum.py uses it too) beside this file. It changes how fast a copy is,
+nothing else.
 """
 
 import ctypes
@@ -33,6 +34,19 @@ class _Plan(ctypes.Structure):
     )
 
 
+class Rows(ctypes.Structure):
+    """struct Rows of native/checksum.rs."""
+
+    _fields_ = (
+        ("first", ctypes.c_void_p),
+        ("stride", ctypes.c_size_t),
+        ("size", ctypes.c_size_t),
+        ("slots", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("count", ctypes.c_size_t),
+    )
+
+
 @dataclass(frozen=True)
 class Page:
     """One layer's share of a chunk: `tensor` is (blocks, bytes) in int8, `start` its place in the row."""
@@ -53,6 +67,8 @@ def load_library(path: Path) -> ctypes.CDLL | None:
         for function in (library.pegaflow_save, library.pegaflow_load):
             function.argtypes = (ctypes.POINTER(_Plan),)
             function.restype = None
+        library.pegaflow_crc32.argtypes = (ctypes.POINTER(Rows),)
+        library.pegaflow_crc32.restype = None
     except (OSError, AttributeError) as error:
         report("native", "copying with NumPy, which is slower: %s", error)
         return None
@@ -99,15 +115,21 @@ def _copy_natively(function, pages: Sequence[Page], blocks: np.ndarray, rows: np
     function(plan)
 
 
-def _check(pages: Sequence[Page], blocks: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
-    """What the native copy relies on; it looks at nothing itself."""
-    places, width = rows.shape
-    if blocks.shape != slots.shape or blocks.ndim != 1:
-        raise IndexError(f"{blocks.shape} blocks do not match {slots.shape} slots")
-    if int(slots.min()) < 0 or int(slots.max()) >= places:
+def check_rows(rows: np.ndarray, slots: np.ndarray) -> None:
+    """What native code relies on: `slots`, one at least, are among `rows` of bytes."""
+    places = rows.shape[0]
+    if slots.ndim != 1 or int(slots.min()) < 0 or int(slots.max()) >= places:
         raise IndexError(f"slots {slots.min()}..{slots.max()} are not all among {places}")
     if rows.dtype != np.int8 or rows.strides[1] != 1:
         raise ValueError(f"rows of {rows.dtype} with strides {rows.strides} are not bytes side by side")
+
+
+def _check(pages: Sequence[Page], blocks: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
+    """What the native copy relies on; it looks at nothing itself."""
+    width = rows.shape[1]
+    if blocks.shape != slots.shape:
+        raise IndexError(f"{blocks.shape} blocks do not match {slots.shape} slots")
+    check_rows(rows, slots)
     first, last = int(blocks.min()), int(blocks.max())
     for page in pages:
         tensor = page.tensor
