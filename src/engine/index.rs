@@ -31,8 +31,10 @@ mod table;
 mod traces;
 mod writes;
 
-use std::hash::{BuildHasher, RandomState};
+use std::hash::BuildHasher;
 use std::time::Instant;
+
+use foldhash::quality::RandomState;
 
 pub use self::chunk::{Census, Committed, Discarded, NewChunk, Owner, Resident, Waiter, Writer};
 use self::chunk::{Chunk, Key, NONE, Parent, Place, Slot};
@@ -50,7 +52,8 @@ pub struct Index {
     /// Of `slots`.
     free: Vec<u32>,
     by_key: Table,
-    /// Keys come from outside: nobody can make them collide.
+    /// Keys are hashes already (vLLM's), so a fast hash will do; seeded, so that nobody outside this
+    /// process knows which keys collide.
     hasher: RandomState,
     writes: Writes,
     order: Order,
@@ -69,7 +72,7 @@ impl Index {
             capacity: slots,
             free: Vec::new(),
             by_key: Table::new(slots),
-            hasher: RandomState::new(),
+            hasher: RandomState::default(),
             writes: Writes::new(world),
             order: Order::new(slots),
             leased: 0,

@@ -156,9 +156,42 @@ struct Request {
     handoff: Option<Number>,
 }
 
-type Tails = HashMap<[u8; GROUP_LEN], SlotRef>;
+/// A chunk of each KV group.
+#[derive(Debug, Default)]
+struct Tails {
+    /// Of the group that was asked for last, which is most often the next one, too.
+    last: Option<(Group, SlotRef)>,
+    others: HashMap<Group, SlotRef>,
+}
 
-fn group(key: &[u8]) -> [u8; GROUP_LEN] {
+impl Tails {
+    fn get(&self, group: Group) -> Option<SlotRef> {
+        match self.last {
+            Some((last, at)) if last == group => Some(at),
+            _ => self.others.get(&group).copied(),
+        }
+    }
+
+    fn insert(&mut self, group: Group, at: SlotRef) {
+        if let Some((last, before)) = self.last.replace((group, at))
+            && last != group
+        {
+            self.others.insert(last, before);
+        }
+    }
+
+    /// One of each group.
+    fn all(&self) -> impl Iterator<Item = SlotRef> {
+        let is_last = |group: &Group| self.last.is_some_and(|(last, _)| last == *group);
+        let others = self.others.iter().filter(move |(group, _)| !is_last(group));
+        let last = self.last.map(|(_, at)| at);
+        last.into_iter().chain(others.map(|(_, &at)| at))
+    }
+}
+
+type Group = [u8; GROUP_LEN];
+
+fn group(key: &[u8]) -> Group {
     key.last_chunk().copied().unwrap_or_default()
 }
 

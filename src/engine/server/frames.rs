@@ -19,6 +19,9 @@ use crate::engine::protocol::{
     ClientMessage, ProtocolError, ServerMessage, Welcome, body_len, decode, encode_frame,
 };
 
+/// Bytes of a message that room is made for before they have come: a lookup of 3,600 keys.
+const AT_ONCE: usize = 128 << 10;
+
 /// For the rest of a frame that has begun, and for an answer to be taken.
 const FRAME_WITHIN: Duration = Duration::from_secs(5);
 
@@ -102,8 +105,9 @@ pub async fn read_message(
             stream.read_exact(rest).await?;
         }
         let len = body_len(prefix, limit)?;
-        // Grows with what arrives, not with what is announced.
-        let mut body = Vec::new();
+        // One read for most messages; above that it grows with what arrives, not with what is
+        // announced.
+        let mut body = Vec::with_capacity(len.min(AT_ONCE));
         stream.take(len as u64).read_to_end(&mut body).await?;
         if body.len() < len {
             return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());

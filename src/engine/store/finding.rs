@@ -19,16 +19,17 @@ impl Store {
 
         let mut states = Vec::with_capacity(keys.len());
         let mut refs = Vec::with_capacity(keys.len());
-        let mut tails = Tails::new();
+        let mut tails = Tails::default();
         let mut broken = HashSet::new();
         for key in &keys {
             let group = group(key);
-            let state = match self.index.find(key) {
+            let found = self.index.find(key);
+            let state = match found {
                 None => KeyState::Miss,
                 Some(found) => {
                     // Only what is held becomes a parent here, so nothing that was available
                     // stops being so.
-                    if let Some(&parent) = tails.get(&group) {
+                    if let Some(parent) = tails.get(group) {
                         self.index.adopt(found.at, parent);
                     }
                     let leased = found.ready && self.lease_for(producing, found.at);
@@ -40,22 +41,20 @@ impl Store {
                             if !is_handed_over {
                                 self.index.reuse(found.at);
                             }
-                            refs.push(found.at);
                             KeyState::Hit
                         }
                     }
                 }
             };
-            match self.index.find(key) {
+            let hit = found.filter(|_| state == KeyState::Hit);
+            refs.push(hit.map_or(SlotRef::NONE, |found| found.at));
+            match found {
                 Some(found) if state != KeyState::Miss && !broken.contains(&group) => {
                     tails.insert(group, found.at);
                 }
                 _ => {
                     broken.insert(group);
                 }
-            }
-            if state != KeyState::Hit {
-                refs.push(SlotRef::NONE);
             }
             states.push(state as u8);
         }

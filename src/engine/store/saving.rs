@@ -64,7 +64,7 @@ impl Store {
 
         let found: Vec<Option<Resident>> = keys.iter().map(|key| self.index.find(key)).collect();
         // Whatever the new chunks will hold is held first: then `available` is exact.
-        let parents = request.tails.values().copied();
+        let parents = request.tails.all();
         let resident = found.iter().flatten().map(|resident| resident.at);
         let mut pins: Vec<_> = parents.chain(resident).collect();
         pins.retain(|&pin| self.index.lease(pin));
@@ -134,7 +134,7 @@ impl Store {
     fn insert_all(&mut self, batch: Batch<'_>, mut tails: Tails) -> (Tails, Vec<(u32, SlotRef)>) {
         let mut new = Vec::new();
         for (position, key) in (0..).zip(batch.keys) {
-            let parent = tails.get(&group(key)).copied();
+            let parent = tails.get(group(key));
             let (at, ready) = match self.index.find(key) {
                 Some(resident) => {
                     if let Some(parent) = parent {
