@@ -10,6 +10,7 @@
 //! ```
 //!
 //! - [`state`](self) (drawn in `state.rs`): what happens next, as a pure function.
+//! - `liveness.rs`: whether a node still works, out of its figures and one token now and then.
 //! - `guard.rs`: the process that promises that nothing of a node is left, whoever dies.
 //! - `sweep.rs`: does the same if the guard itself was killed.
 //! - `canary.rs`: before a node that shares KV is ready, and after each of its restarts, a prompt
@@ -17,11 +18,22 @@
 //!
 //! The supervisor's stop begins with its shutdown token: whoever wants to drain first, hands it a
 //! token that is cancelled after the drain.
+//!
+//! Not here yet, and room is left for it:
+//!
+//! - *Scaling and reloading while it runs*: [`run`] spawns one actor for each plan and keeps no list
+//!   beside the actors and the canary's channels; an actor can be added, or stopped alone, at any time.
+//! - *A warm standby*: one more phase between `Verifying` and `Ready`, left by an event when a node of
+//!   its role dies. Machine, canary and liveness treat it as a node that is ready and gets no requests.
+//! - *A supervisor that comes back and adopts running nodes*: the guard's end of the control socket
+//!   would be named in the run directory, its death would start a timer instead of the stop, and an
+//!   actor would begin in `Verifying` with what the guard says of its tree.
 
 mod backoff;
 mod canary;
 mod child;
 mod guard;
+mod liveness;
 mod logs;
 mod node;
 mod obituary;

@@ -157,8 +157,11 @@ pub struct SupervisorSettings {
     /// From spawn to ready; extended while the log grows.
     pub start_timeout: Duration,
     pub health_interval: Duration,
-    /// No answer for this long, with no other sign of life: the node is restarted.
+    /// Requests running, or one token asked for, and no sign of life for this long: the node is
+    /// restarted.
     pub hang_timeout: Duration,
+    /// How long a node may be idle before it is asked for one token; `None`: it is not asked.
+    pub idle_canary: Option<Duration>,
     /// Between TERM and KILL.
     pub stop_grace: Duration,
     /// The second restart's delay; doubles up to `backoff_max`.

@@ -134,6 +134,7 @@ drain_timeout = "8s"
 start_timeout = "1m"
 health_interval = "2s"
 hang_timeout = "3s"
+idle_canary = "0s"
 stop_grace = "4s"
 backoff_first = "5s"
 backoff_max = "6s"
@@ -207,6 +208,7 @@ tensor_parallel = 2
     ]
     .map(|duration| duration.as_secs());
     assert_eq!(seconds, [60, 2, 3, 4, 5, 6, 480]);
+    assert_eq!(supervisor.idle_canary, None);
     assert_eq!((supervisor.crash_limit, supervisor.log_bytes), (7, 9 << 20));
     let [p, d] = &topology.nodes[..] else {
         panic!("two nodes")

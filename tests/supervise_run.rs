@@ -43,6 +43,7 @@ fn quick() -> SupervisorPlan {
         start_timeout: Duration::from_secs(60),
         health_interval: Duration::from_millis(50),
         hang_timeout: Duration::from_secs(30),
+        idle_canary: Some(Duration::from_secs(30)),
         stop_grace: Duration::from_secs(1),
         backoff_first: Duration::from_millis(50),
         backoff_max: Duration::from_millis(200),

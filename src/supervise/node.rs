@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use crate::fleet::{FleetPublisher, KvTrust, NodeId, Phase};
+use crate::fleet::{FleetPublisher, NodeId};
 use crate::plan::{NodePlan, SupervisorPlan};
 use crate::shutdown::Shutdown;
 
@@ -22,6 +22,12 @@ use super::obituary::{self, Exit};
 use super::probe::NodeClient;
 use super::state::{Action, Event, Machine, PortState};
 use super::sweep;
+
+mod publish;
+mod stop;
+
+use publish::Published;
+use stop::StopSignals;
 
 const SWEEP_LIMIT: Duration = Duration::from_secs(10);
 /// The machine has its own, shorter idea of how long a warm-up may take.
@@ -58,18 +64,6 @@ pub enum Finding {
 pub enum Ended {
     Clean,
     LeftBehind(NodeId),
-}
-
-/// What readers of the fleet are told.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Published {
-    phase: Phase,
-    trust: KvTrust,
-    incarnation: u64,
-    reaped: u64,
-    pid: Option<u32>,
-    restarts: u32,
-    reason: Option<String>,
 }
 
 pub struct NodeActor {
@@ -240,6 +234,18 @@ impl NodeActor {
                 self.calls
                     .spawn(async move { Event::Probe(client.health(addr).await) });
             }
+            Action::Pulse => {
+                let client = self.shared.client.clone();
+                self.calls
+                    .spawn(async move { Event::Pulse(client.pulse(addr).await) });
+            }
+            Action::Canary => {
+                let shared = self.shared.clone();
+                self.calls.spawn(async move {
+                    let (model, limit) = (&shared.served_model, shared.plan.hang_timeout);
+                    Event::Canary(shared.client.canary(addr, model, limit).await)
+                });
+            }
             Action::WarmUp => {
                 let shared = self.shared.clone();
                 self.calls.spawn(async move {
@@ -297,74 +303,6 @@ impl NodeActor {
                 self.queue.push_back(Event::Exited(why));
                 self.queue.push_back(Event::Reaped(None));
             }
-        }
-    }
-
-    fn publish(&mut self) {
-        let next = Published {
-            phase: self.machine.phase(),
-            trust: self.machine.trust().clone(),
-            incarnation: self.incarnation,
-            reaped: self.reaped,
-            pid: self.pid,
-            restarts: self.machine.restarts(),
-            reason: self.machine.reason().map(str::to_owned),
-        };
-        if self.published.as_ref() == Some(&next) {
-            return;
-        }
-        let before = self.published.as_ref().map(|it| it.phase.label());
-        if before != Some(next.phase.label()) {
-            let reason = next.reason.as_deref().unwrap_or("");
-            tracing::info!(node = %self.plan.id, phase = next.phase.label(), reason);
-        }
-        self.published = Some(next.clone());
-        self.shared.fleet.update(&self.plan.id, |node| {
-            node.phase = next.phase;
-            node.trust = next.trust;
-            node.incarnation = next.incarnation;
-            node.reaped = next.reaped;
-            node.pid = next.pid;
-            node.restarts = next.restarts;
-            node.reason = next.reason;
-        });
-    }
-}
-
-/// Each stage of the shutdown, once.
-struct StopSignals {
-    shutdown: Shutdown,
-    seen: Seen,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Seen {
-    Nothing,
-    Stop,
-    Force,
-}
-
-impl StopSignals {
-    fn new(shutdown: Shutdown) -> Self {
-        Self {
-            shutdown,
-            seen: Seen::Nothing,
-        }
-    }
-
-    async fn next(&mut self) -> Event {
-        match self.seen {
-            Seen::Nothing => {
-                self.shutdown.graceful().cancelled().await;
-                self.seen = Seen::Stop;
-                Event::Stop
-            }
-            Seen::Stop => {
-                self.shutdown.forced().cancelled().await;
-                self.seen = Seen::Force;
-                Event::Force
-            }
-            Seen::Force => std::future::pending().await,
         }
     }
 }

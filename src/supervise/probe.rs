@@ -7,10 +7,13 @@ use http::StatusCode;
 use reqwest::redirect::Policy;
 use serde_json::{Value, json};
 
+use super::liveness::{Canary, Pulse};
 use super::state::{Probe, Warmth};
 
 const CONNECT: Duration = Duration::from_secs(1);
 const HEALTH: Duration = Duration::from_secs(1);
+/// Long: a busy server renders its figures slowly, and being late is no evidence against it.
+const PULSE: Duration = Duration::from_secs(10);
 const MAX_REPLY: usize = 16 << 20;
 /// Bytes of an error reply that are worth quoting.
 const QUOTE: usize = 300;
@@ -67,16 +70,44 @@ impl NodeClient {
 
     /// One token: kernels compile, memory is touched.
     pub async fn warm_up(&self, addr: SocketAddr, model: &str, limit: Duration) -> Warmth {
+        match self.one_token(addr, model, limit).await {
+            Ok(_) => Warmth::Warm,
+            Err(error) => Warmth::Failed(error.to_string()),
+        }
+    }
+
+    /// One token, to see whether the engine still works.
+    pub async fn canary(&self, addr: SocketAddr, model: &str, limit: Duration) -> Canary {
+        match self.one_token(addr, model, limit).await {
+            Ok(_) => Canary::Answered,
+            // It did not like the question, and says so.
+            Err(CallError::Status { status, .. }) if status.is_client_error() => Canary::Answered,
+            Err(CallError::Timeout(_)) => Canary::Late,
+            // A full backlog, not a closed port.
+            Err(CallError::Transport(error)) if error.is_timeout() => Canary::Late,
+            Err(error) => Canary::Refused(error.to_string()),
+        }
+    }
+
+    async fn one_token(
+        &self,
+        addr: SocketAddr,
+        model: &str,
+        limit: Duration,
+    ) -> Result<Value, CallError> {
         let body = json!({
             "model": model,
             "prompt": (20..28).collect::<Vec<u32>>(),
             "max_tokens": 1,
             "temperature": 0,
         });
-        match self.complete(addr, &body, limit).await {
-            Ok(_) => Warmth::Warm,
-            Err(error) => Warmth::Failed(error.to_string()),
-        }
+        self.complete(addr, &body, limit).await
+    }
+
+    /// What the engine reports; `None` where there is no answer in time.
+    pub async fn pulse(&self, addr: SocketAddr) -> Option<Pulse> {
+        let metrics = self.metrics(addr, PULSE).await.ok()?;
+        Pulse::parse(&metrics)
     }
 
     pub async fn complete(
@@ -99,6 +130,23 @@ impl NodeClient {
         let reply = call(request, limit).await?;
         Ok(String::from_utf8_lossy(&reply).into_owned())
     }
+}
+
+/// The sum of a metric over its labels, in Prometheus text; `None` if it is not there.
+pub fn metric(metrics: &str, name: &str) -> Option<f64> {
+    metrics
+        .lines()
+        .filter_map(|line| sample(line.strip_prefix(name)?))
+        .reduce(|sum, value| sum + value)
+}
+
+/// The value of `{labels} value` or ` value`.
+fn sample(rest: &str) -> Option<f64> {
+    let value = match rest.strip_prefix('{') {
+        Some(labels) => labels.rsplit_once('}')?.1,
+        None => rest.strip_prefix(' ')?,
+    };
+    value.split_whitespace().next()?.parse().ok()
 }
 
 async fn call(request: reqwest::RequestBuilder, limit: Duration) -> Result<Vec<u8>, CallError> {

@@ -9,7 +9,8 @@
 //!    └────────────── reaped, restart ◀───────────────── Ending ── reaped, no restart ──▶ Over
 //! ```
 //!
-//! A death is decided on when it is seen (exit, 503, silence, a deadline, refused by the canary):
+//! A death is decided on when it is seen (exit, 503, a hang as `liveness.rs` judges it, a deadline,
+//! refused by the KV canary):
 //! the node leaves `Ready` in that step. Its tree is another matter: until `Reaped`, nothing is
 //! spawned. `Ending` escalates by itself: stop, kill, and at last killing the guard.
 //! A person's stop wins over everything and ends in `Over(Stopped)`.
@@ -20,9 +21,12 @@ use crate::fleet::{KvTrust, Phase, Role};
 use crate::plan::SupervisorPlan;
 
 use super::backoff::Deaths;
+use super::liveness::Liveness;
 
 mod ending;
 mod event;
+mod gate;
+mod signs;
 pub use event::{Action, Event, Mendable, Obituary, PortState, Probe, Warmth};
 
 /// How long a port may stay taken before that counts as a death.
@@ -91,7 +95,7 @@ pub struct Machine {
     probe: Next,
     /// Probes in a row that were not answered in time.
     late: u32,
-    heard: Instant,
+    liveness: Liveness,
     force: Force,
     restarts: u32,
     spawned: bool,
@@ -108,13 +112,13 @@ impl Machine {
         let seed = rand::random();
         Self {
             deaths: Deaths::new(&plan, seed),
+            liveness: Liveness::new(&plan, now),
             plan,
             role,
             state: State::Waiting { until: now },
             delay: None,
             probe: Next::At(now),
             late: 0,
-            heard: now,
             force: Force::None,
             restarts: 0,
             spawned: false,
@@ -173,7 +177,7 @@ impl Machine {
                 Next::InFlight => by,
             }),
             State::Verifying | State::Ready { .. } | State::Unreachable { .. } => {
-                Some(self.heard + self.plan.hang_timeout)
+                self.liveness.deadline()
             }
             State::Over(_) => None,
         };
@@ -195,6 +199,8 @@ impl Machine {
                 vec![]
             }
             Event::Probe(probe) => self.probed(probe, now),
+            Event::Pulse(pulse) => self.pulsed(pulse, now),
+            Event::Canary(canary) => self.canaried(canary, now),
             Event::Warm(warmth) => self.warmed(warmth, now),
             Event::Proven => self.proven(now),
             Event::Unpaired => {
@@ -219,13 +225,14 @@ impl Machine {
 
     /// A leader was asked for and is not known to be gone.
     fn is_alive(&self) -> bool {
+        matches!(self.state, State::Starting { .. } | State::WarmingUp { .. }) || self.is_warm()
+    }
+
+    /// It has answered a request.
+    fn is_warm(&self) -> bool {
         matches!(
             self.state,
-            State::Starting { .. }
-                | State::WarmingUp { .. }
-                | State::Verifying
-                | State::Ready { .. }
-                | State::Unreachable { .. }
+            State::Verifying | State::Ready { .. } | State::Unreachable { .. }
         )
     }
 
@@ -255,16 +262,16 @@ impl Machine {
                 let why = self.trouble.take().unwrap_or_else(slow);
                 return self.kill(why, now);
             }
-            State::Verifying | State::Ready { .. } | State::Unreachable { .. }
-                if now >= self.heard + self.plan.hang_timeout =>
-            {
-                let limit = humantime::format_duration(self.plan.hang_timeout);
-                return self.kill(format!("no answer to /health for {limit}"), now);
-            }
             State::Ending { then, by } if now >= by => return self.escalate(then, now),
             _ => {}
         }
         let mut actions = vec![];
+        if self.is_warm() {
+            match self.liveness.check(now) {
+                Ok(asks) => actions.extend(asks.into_iter().map(Action::from)),
+                Err(why) => return self.kill(why, now),
+            }
+        }
         if let State::WarmingUp {
             by,
             next: Next::At(at),
@@ -285,127 +292,6 @@ impl Machine {
             actions.push(Action::Probe);
         }
         actions
-    }
-
-    fn port(&mut self, port: PortState, now: Instant) -> Vec<Action> {
-        let State::Port { by, .. } = self.state else {
-            return vec![];
-        };
-        if port == PortState::Free {
-            if self.spawned {
-                self.restarts = self.restarts.saturating_add(1);
-            }
-            self.spawned = true;
-            self.trust = fresh_trust(self.role);
-            self.force = Force::None;
-            self.heard = now;
-            self.probe = Next::At(now + self.plan.health_interval);
-            self.state = State::Starting {
-                since: now,
-                by: now + self.plan.start_timeout,
-            };
-            return vec![Action::Spawn];
-        }
-        if now >= by {
-            let why = "another process holds the node's port; stop it or choose another port";
-            self.die(why.to_owned(), now);
-            self.reaped(None, now);
-        }
-        vec![]
-    }
-
-    fn spawn_failed(&mut self, why: String, now: Instant) -> Vec<Action> {
-        if self.is_alive() {
-            self.reason = Some(why);
-            self.end(Then::End(End::Failed), now);
-        }
-        vec![]
-    }
-
-    fn log_grew(&mut self, now: Instant) {
-        if let State::Starting { since, by } = self.state {
-            let limit = since + self.plan.start_timeout.saturating_mul(START_EXTENSIONS);
-            let wanted = now + self.plan.start_timeout / 4;
-            self.state = State::Starting {
-                since,
-                by: by.max(wanted.min(limit)),
-            };
-        }
-    }
-
-    fn probed(&mut self, probe: Probe, now: Instant) -> Vec<Action> {
-        if !self.is_alive() {
-            return vec![];
-        }
-        self.probe = Next::At(now + self.plan.health_interval);
-        self.late = match probe {
-            Probe::Late => self.late.saturating_add(1),
-            _ => 0,
-        };
-        match (probe, self.state) {
-            (Probe::Healthy, state) => {
-                self.heard = now;
-                self.once_healthy = true;
-                match state {
-                    State::Starting { .. } => {
-                        self.state = State::WarmingUp {
-                            by: now + WARM_UP_LIMIT,
-                            next: Next::InFlight,
-                        };
-                        return vec![Action::WarmUp];
-                    }
-                    State::Unreachable { since } => self.state = State::Ready { since },
-                    _ => {}
-                }
-            }
-            // A server that is still loading may say 503; its deadline and its exit are watched.
-            (_, State::Starting { .. }) => {}
-            (Probe::EngineDead, _) => {
-                return self.kill("/health says 503: its engine is dead".to_owned(), now);
-            }
-            (Probe::Late, State::Ready { .. }) if self.late < LATE_PROBES => {}
-            (Probe::Miss | Probe::Late, State::Ready { since }) => {
-                self.state = State::Unreachable { since };
-            }
-            (Probe::Miss | Probe::Late, _) => {}
-        }
-        vec![]
-    }
-
-    fn warmed(&mut self, warmth: Warmth, now: Instant) -> Vec<Action> {
-        let State::WarmingUp { by, .. } = self.state else {
-            return vec![];
-        };
-        match warmth {
-            Warmth::Failed(why) => {
-                self.trouble = Some(format!("the warm-up request failed: {why}"));
-                self.state = State::WarmingUp {
-                    by,
-                    next: Next::At(now + WARM_UP_RETRY),
-                };
-            }
-            Warmth::Warm => {
-                self.trouble = None;
-                self.heard = now;
-                self.state = match self.role {
-                    Role::Unified => State::Ready { since: now },
-                    Role::Prefill | Role::Decode => State::Verifying,
-                };
-            }
-        }
-        vec![]
-    }
-
-    fn proven(&mut self, now: Instant) -> Vec<Action> {
-        match self.state {
-            State::Verifying => {
-                self.state = State::Ready { since: now };
-                self.trust = KvTrust::Proven;
-            }
-            State::Ready { .. } | State::Unreachable { .. } => self.trust = KvTrust::Proven,
-            _ => {}
-        }
-        vec![]
     }
 }
 

@@ -9,6 +9,7 @@ pub fn plan() -> SupervisorPlan {
         start_timeout: Duration::from_secs(900),
         health_interval: Duration::from_secs(1),
         hang_timeout: Duration::from_secs(120),
+        idle_canary: Some(Duration::from_secs(30)),
         stop_grace: Duration::from_secs(10),
         backoff_first: Duration::from_secs(5),
         backoff_max: Duration::from_secs(120),

@@ -71,6 +71,7 @@ pub(super) const SUPERVISOR: Known = Known {
         "start_timeout",
         "health_interval",
         "hang_timeout",
+        "idle_canary",
         "stop_grace",
         "backoff_first",
         "backoff_max",

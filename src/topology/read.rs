@@ -229,6 +229,12 @@ fn supervisor(top: &mut Section<'_, '_, '_, '_>) -> SupervisorSettings {
         start_timeout: section.seconds("start_timeout", 900),
         health_interval: section.seconds("health_interval", 1),
         hang_timeout: section.seconds("hang_timeout", 120),
+        idle_canary: Some(
+            section
+                .get("idle_canary", duration_or_zero)
+                .unwrap_or(Duration::from_secs(30)),
+        )
+        .filter(|interval| !interval.is_zero()),
         stop_grace: section.seconds("stop_grace", 15),
         backoff_first: section.seconds("backoff_first", 5),
         backoff_max: section.seconds("backoff_max", 120),

@@ -44,10 +44,6 @@ impl Generation {
         let counters = &server.counters;
         counters.running.fetch_add(1, Ordering::Relaxed);
         counters.requests.fetch_add(1, Ordering::Relaxed);
-        let prompt_tokens: usize = order.prompts.iter().map(Vec::len).sum();
-        counters
-            .prompt_tokens
-            .fetch_add(prompt_tokens as u64, Ordering::Relaxed);
         let leg = match order.leg.as_ref().map(|leg| leg.leg) {
             Some(LegKind::Prefill) => "prefill",
             Some(LegKind::Decode) => "decode",
@@ -92,6 +88,10 @@ impl Generation {
                 leg: self.order.leg.clone(),
             };
             let (running, outcome) = self.server.run(job).await?;
+            if self.choice.is_multiple_of(self.order.n) {
+                let counter = &self.server.counters.prompt_tokens;
+                counter.fetch_add(prompt.len() as u64, Ordering::Relaxed);
+            }
             let model = Model::new(prompt, self.choice % self.order.n, outcome.wrong);
             self.current = Some((running, model));
         }

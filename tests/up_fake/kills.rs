@@ -8,16 +8,16 @@ use crate::support::client::is_proven;
 use crate::support::load::{Load, MayBreak, check, mixed};
 use crate::support::{Site, processes, send};
 
-/// Which process of a node is killed.
+/// One process of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Victim {
+pub enum Victim {
     Leader,
     Engine,
     Worker,
     Guard,
 }
 
-fn pid_of(victim: Victim, leader: u32) -> u32 {
+pub fn pid_of(victim: Victim, leader: u32) -> u32 {
     let child = |pid| processes::children(pid)[0];
     match victim {
         Victim::Leader => leader,

@@ -12,6 +12,7 @@ mod ending;
 mod fake_nvml;
 mod faults;
 mod gpu;
+mod hangs;
 mod helpers;
 mod interrupted;
 mod kills;

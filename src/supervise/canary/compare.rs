@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 
+use super::super::probe::metric;
+
 /// vLLM's counter of prompt tokens found in the store; the suffix depends on the exporter.
 const HITS: [&str; 2] = [
     "vllm:external_prefix_cache_hits_total",
@@ -95,20 +97,7 @@ impl Continuation {
 
 /// The counter's sum over its labels; 0 if it is not there.
 pub fn external_hits(metrics: &str) -> f64 {
-    metrics.lines().filter_map(sample).sum()
-}
-
-fn sample(line: &str) -> Option<f64> {
-    let name_end = line.find(['{', ' '])?;
-    let (name, rest) = line.split_at_checked(name_end)?;
-    if !HITS.contains(&name) {
-        return None;
-    }
-    let rest = match rest.rfind('}') {
-        Some(end) => rest.get(end + 1..)?,
-        None => rest,
-    };
-    rest.split_whitespace().next()?.parse().ok()
+    HITS.iter().filter_map(|name| metric(metrics, name)).sum()
 }
 
 #[cfg(test)]

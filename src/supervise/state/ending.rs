@@ -11,11 +11,7 @@ use super::{
 
 impl Machine {
     pub(super) fn refused(&mut self, why: String, now: Instant) -> Vec<Action> {
-        let compared = matches!(
-            self.state,
-            State::Verifying | State::Ready { .. } | State::Unreachable { .. }
-        );
-        if !compared {
+        if !self.is_warm() {
             return vec![];
         }
         self.trust = KvTrust::Refused(why.clone());

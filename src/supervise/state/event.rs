@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use super::super::liveness::{Ask, Canary, Pulse};
+
 /// What the actor tells the machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// The moment of `Machine::deadline` has come.
     Tick,
@@ -12,9 +14,13 @@ pub enum Event {
     SpawnFailed(String),
     LogGrew,
     Probe(Probe),
+    /// `None`: no figures, or not in time.
+    Pulse(Option<Pulse>),
+    /// What became of the request for one token.
+    Canary(Canary),
     Warm(Warmth),
     Proven,
-    /// There is nobody to run the canary with.
+    /// There is nobody to run the KV canary with.
     Unpaired,
     Refused(String),
     /// The leader is gone, or the guard.
@@ -68,10 +74,23 @@ pub enum Action {
     CheckPort,
     Spawn,
     Probe,
+    /// Read the node's figures.
+    Pulse,
+    /// Ask it for one token.
+    Canary,
     WarmUp,
     /// TERM the leader, and KILL everything after this.
     Stop(Duration),
     Kill,
     /// The guard does not do its work.
     KillGuard,
+}
+
+impl From<Ask> for Action {
+    fn from(ask: Ask) -> Self {
+        match ask {
+            Ask::Pulse => Self::Pulse,
+            Ask::Canary => Self::Canary,
+        }
+    }
 }

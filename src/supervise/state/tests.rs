@@ -1,5 +1,6 @@
 use proptest::prelude::*;
 
+use super::super::liveness::Canary;
 use super::super::testing::plan;
 use super::*;
 
@@ -64,7 +65,7 @@ fn an_exit_leaves_ready_at_once_and_nothing_starts_before_the_tree_is_gone() {
 }
 
 #[test]
-fn a_miss_is_not_a_death_but_503_and_long_silence_are() {
+fn a_miss_is_not_a_death_but_503_is() {
     let (mut node, now) = ready(Role::Unified);
     assert_eq!(node.step(Event::Probe(Probe::Miss), now), []);
     assert_eq!(node.phase(), Phase::Unreachable);
@@ -72,10 +73,52 @@ fn a_miss_is_not_a_death_but_503_and_long_silence_are() {
     assert_eq!(node.phase(), Phase::Ready);
     let actions = node.step(Event::Probe(Probe::EngineDead), now);
     assert_eq!(actions, [Action::Kill]);
-    let (mut node, now) = ready(Role::Unified);
-    node.step(Event::Probe(Probe::Miss), now);
-    let later = now + plan().hang_timeout;
-    assert_eq!(node.step(Event::Tick, later), [Action::Kill]);
+}
+
+#[test]
+fn silence_alone_is_no_death_but_an_unanswered_canary_is() {
+    let (mut node, start) = ready(Role::Unified);
+    let mut asked = None;
+    let mut now = start;
+    loop {
+        now = node.deadline().unwrap().max(now);
+        let actions = node.step(Event::Tick, now);
+        if actions.contains(&Action::Kill) {
+            break;
+        }
+        if actions.contains(&Action::Canary) {
+            asked = Some(now);
+        }
+        if actions.contains(&Action::Probe) {
+            node.step(Event::Probe(Probe::Late), now);
+        }
+        if actions.contains(&Action::Pulse) {
+            node.step(Event::Pulse(None), now);
+        }
+    }
+    assert!(now >= asked.unwrap() + plan().hang_timeout);
+    assert!(node.reason().unwrap().contains("one token"));
+}
+
+#[test]
+fn answered_canaries_and_late_probes_never_restart_a_node() {
+    for role in [Role::Unified, Role::Decode] {
+        let (mut node, start) = machine(role);
+        warm(&mut node, start);
+        let mut now = start;
+        while now < start + plan().hang_timeout * 20 {
+            now = node.deadline().unwrap().max(now);
+            for action in node.step(Event::Tick, now) {
+                let answer = match action {
+                    Action::Probe => Event::Probe(Probe::Late),
+                    Action::Pulse => Event::Pulse(None),
+                    Action::Canary => Event::Canary(Canary::Answered),
+                    other => panic!("{other:?}"),
+                };
+                assert_eq!(node.step(answer, now), []);
+            }
+        }
+    }
 }
 
 #[test]
@@ -214,6 +257,10 @@ fn event() -> impl Strategy<Value = Event> {
         1 => Just(Event::Probe(Probe::Miss)),
         1 => Just(Event::Probe(Probe::Late)),
         1 => Just(Event::Probe(Probe::EngineDead)),
+        2 => Just(Event::Pulse(None)),
+        1 => Just(Event::Canary(Canary::Answered)),
+        1 => Just(Event::Canary(Canary::Late)),
+        1 => Just(Event::Canary(Canary::Refused("x".into()))),
         4 => Just(Event::Warm(Warmth::Warm)),
         1 => Just(Event::Warm(Warmth::Failed("x".into()))),
         3 => Just(Event::Proven),
@@ -266,7 +313,9 @@ proptest! {
                         prop_assert!(tree);
                     }
                     Action::CheckPort => prop_assert!(!tree && !stopped),
-                    Action::Probe => prop_assert!(tree && !exited),
+                    Action::Probe | Action::Pulse | Action::Canary => {
+                        prop_assert!(tree && !exited);
+                    }
                 }
             }
             let phase = node.phase();
