@@ -6,10 +6,10 @@ mod kv;
 mod leftovers;
 mod prepare;
 mod ready;
+mod topology_args;
 mod up;
 
 use std::io::Write as _;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -19,6 +19,8 @@ pub use exit::Exit;
 use crate::observe::{Console, LogFormat};
 use crate::shutdown::{Shutdown, SignalListener};
 use crate::supervise::{GuardArgs, guard_main};
+use crate::topology::Topology;
+use topology_args::TopologyArgs;
 
 /// Prefill/decode-disaggregated vLLM serving on one machine.
 #[derive(Debug, Parser)]
@@ -43,8 +45,8 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct Target {
-    /// The topology file, for example configs/1p1d.toml.
-    topology: PathBuf,
+    #[command(flatten)]
+    topology: TopologyArgs,
     /// How log lines look on stderr.
     #[arg(long, value_enum, default_value_t = LogFormat::Human, env = "PEGAFLOW_LOG_FORMAT")]
     log_format: LogFormat,
@@ -62,9 +64,18 @@ pub fn main() -> ExitCode {
 
 /// What a command has at hand.
 struct Context {
-    topology: PathBuf,
+    topology: TopologyArgs,
     console: Console,
     shutdown: Shutdown,
+}
+
+impl Context {
+    /// Reads the topology. What its variables gave is not shown from here on.
+    fn load(&self) -> Result<Topology, Exit> {
+        let topology = self.topology.load()?;
+        self.console.hide(&topology.secrets);
+        Ok(topology)
+    }
 }
 
 fn run<F>(target: &Target, command: impl FnOnce(Context) -> F) -> ExitCode

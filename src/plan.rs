@@ -14,7 +14,7 @@ use crate::host::HostSnapshot;
 pub use crate::topology::{
     Device, RouterSettings as RouterPlan, SupervisorSettings as SupervisorPlan,
 };
-use crate::topology::{Launcher, ModelFacts, NodeSettings, Topology};
+use crate::topology::{Launcher, ModelFacts, NodeSettings, Secrets, Topology};
 
 mod cpu;
 mod gpu;
@@ -40,6 +40,8 @@ pub struct Plan {
     pub supervisor: SupervisorPlan,
     /// Ordered as in the topology.
     pub nodes: Vec<NodePlan>,
+    /// What must not be shown of `argv` and `env`, besides pegaflow's own token.
+    pub secrets: Secrets,
     /// What a person should know although it does not prevent the start.
     pub warnings: Vec<String>,
 }
@@ -176,6 +178,7 @@ impl Plan {
             router: topology.router.clone(),
             supervisor: topology.supervisor.clone(),
             nodes,
+            secrets: topology.secrets.clone(),
             warnings,
         })
     }

@@ -57,6 +57,7 @@ use crate::fleet::{FleetPublisher, KvTrust, NodeId, Phase};
 use crate::handoff::HandoffBoard;
 use crate::plan::{NodePlan, SupervisorPlan};
 use crate::shutdown::Shutdown;
+use crate::topology::Secrets;
 
 pub use guard::{GuardArgs, guard_main};
 pub use logs::LogSink;
@@ -95,6 +96,8 @@ pub struct SupervisorDeps {
     /// Executed as `<program> __guard ...`; normally pegaflow itself.
     pub guard_program: PathBuf,
     pub console: Arc<dyn LogSink>,
+    /// What the nodes' logs must not show.
+    pub secrets: Secrets,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -133,6 +136,7 @@ pub async fn run(deps: SupervisorDeps, shutdown: Shutdown) -> Result<(), Supervi
         run_dir: deps.run_dir,
         guard_program: deps.guard_program,
         console: deps.console,
+        secrets: deps.secrets,
     });
     let mut actors = Actors::new(deps.fleet.clone());
     let mut verdicts = BTreeMap::new();

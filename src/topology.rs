@@ -1,25 +1,29 @@
 //! The topology: what a person wrote in the TOML file (`docs/topology.md` explains every key).
 //!
 //! ```text
-//! text ─ toml ─▶ spanned document ─ read ─▶ Topology + problems ─ validate ─▶ Topology | problems
+//! text ─ toml ─▶ spanned document ─ overrides, interpolate ─▶ the same, with --set and ${VARIABLES}
+//!       ─ read ─▶ Topology + problems ─ validate ─▶ Topology | problems
 //! ```
 //!
-//! [`read`] turns keys into types and fills in defaults, [`validate`] looks at combinations. Both
+//! [`load`] walks that way. [`read`] turns keys into types and fills in defaults, [`validate`] looks at combinations. Both
 //! add to one list, so that a person sees every problem of a file at once, each with its place.
 //! What depends on the machine (which GPU, which port) is not decided here but in
 //! [`crate::plan`].
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use std::{fs, io};
 
 use crate::fleet::{NodeId, Role};
 
 mod flags;
+mod interpolate;
 mod keys;
+mod load;
 mod memory;
+mod overrides;
 mod problem;
 mod read;
 mod section;
@@ -27,6 +31,8 @@ mod source;
 mod validate;
 mod value;
 
+pub use interpolate::Secrets;
+pub use load::Surroundings;
 pub use memory::{Capacity, HugepageRequest, NumaRequest};
 pub use problem::{Problem, ProblemKind, write_problems};
 pub use source::{Place, Source};
@@ -36,6 +42,8 @@ pub use source::{Place, Source};
 pub struct Topology {
     /// Where the keys stand in the file, for errors that are found later.
     pub source: Source,
+    /// What the environment gave, to be hidden from logs.
+    pub secrets: Secrets,
     /// `[a-z0-9-]{1,40}`; two runs of one name exclude each other.
     pub name: String,
     pub device: Device,
@@ -254,34 +262,6 @@ pub enum TopologyErrors {
 }
 
 impl Topology {
-    /// Reads and checks a file. Relative paths in it start from its directory.
-    pub fn load(file: &Path) -> Result<Self, TopologyErrors> {
-        let text = fs::read_to_string(file).map_err(|source| TopologyErrors::Read {
-            file: file.to_owned(),
-            source,
-        })?;
-        Self::parse(&text, file)
-    }
-
-    /// Checks the text of a file. `file` is for messages, the default name and relative paths; it
-    /// need not exist.
-    pub fn parse(text: &str, file: &Path) -> Result<Self, TopologyErrors> {
-        let invalid = |problems| TopologyErrors::Invalid {
-            file: file.to_owned(),
-            problems,
-        };
-        let document = toml::de::DeTable::parse(text)
-            .map_err(|error| invalid(vec![source::syntax_problem(text, &error)]))?;
-        let source = Source::new(file, text, document.get_ref());
-        let mut findings = problem::Findings::new(&source);
-        let topology = read::topology(document.get_ref(), &mut findings);
-        validate::validate(&topology, &mut findings);
-        match findings.into_problems() {
-            problems if problems.is_empty() => Ok(topology),
-            problems => Err(invalid(problems)),
-        }
-    }
-
     /// Ports that the file names, for [`crate::host::free_ports`] to avoid.
     pub fn fixed_ports(&self) -> Vec<u16> {
         let nodes = self.nodes.iter().filter_map(|node| node.port);

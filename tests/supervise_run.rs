@@ -21,6 +21,7 @@ use pegaflow::handoff::HandoffBoard;
 use pegaflow::plan::{NodePlan, SupervisorPlan};
 use pegaflow::shutdown::Shutdown;
 use pegaflow::supervise::{self, CanaryPlan, LogSink, SupervisorDeps, SupervisorError};
+use pegaflow::topology::Secrets;
 
 use supervise_common::{LIMIT, alive, eventually, marker};
 
@@ -104,6 +105,7 @@ impl Supervised {
             run_dir: dir.path().to_owned(),
             guard_program: env!("CARGO_BIN_EXE_pegaflow").into(),
             console: Arc::new(Quiet),
+            secrets: Secrets::default(),
         };
         let task = tokio::spawn(supervise::run(deps, shutdown.clone()));
         Self {

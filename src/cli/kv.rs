@@ -11,7 +11,7 @@ use http::Method;
 use serde_json::Value;
 
 use super::Exit;
-use super::prepare::load;
+use super::topology_args::TopologyArgs;
 use crate::instance::{self, InstanceError};
 
 const LIMIT: Duration = Duration::from_secs(10);
@@ -19,9 +19,8 @@ const LIMIT: Duration = Duration::from_secs(10);
 #[derive(Debug, Args)]
 pub struct KvArgs {
     action: Action,
-    /// The topology file, or the name, of the `pegaflow up` that runs.
-    #[arg(value_name = "TOPOLOGY")]
-    of: PathBuf,
+    #[command(flatten)]
+    of: TopologyArgs,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -63,7 +62,7 @@ pub fn kv(args: &KvArgs) -> ExitCode {
 }
 
 async fn answer(args: &KvArgs) -> Result<(), Exit> {
-    let name = name_of(&args.of)?;
+    let name = args.of.instance()?;
     let socket = control_socket(&name)?;
     let (method, path) = args.action.request();
     let answer = ask(&socket, method, path).await?;
@@ -71,15 +70,6 @@ async fn answer(args: &KvArgs) -> Result<(), Exit> {
         .map_err(|error| Exit::failed("cannot show the answer", error))?;
     writeln!(std::io::stdout(), "{text}")
         .map_err(|error| Exit::failed("cannot write to stdout", error))
-}
-
-/// A file says its name; anything else is one.
-fn name_of(of: &Path) -> Result<String, Exit> {
-    let is_file = of.extension().is_some_and(|extension| extension == "toml");
-    match of.to_str() {
-        Some(name) if !is_file => Ok(name.to_owned()),
-        _ => Ok(load(of)?.name),
-    }
 }
 
 fn control_socket(name: &str) -> Result<PathBuf, Exit> {

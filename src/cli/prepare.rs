@@ -12,7 +12,7 @@ use crate::topology::{self, Launcher, ModelFacts, Topology};
 
 /// `pegaflow prepare`: does the slow, once-only part of `up`, and prints where things are.
 pub async fn prepare(cx: Context) -> Result<(), Exit> {
-    let topology = load(&cx.topology)?;
+    let topology = cx.load()?;
     let shim = tempdir(&topology)?;
     let outcome = async {
         instance::unpack_shim(&shim).map_err(|e| Exit::Failed(e.into()))?;
@@ -40,10 +40,6 @@ fn tempdir(topology: &Topology) -> Result<std::path::PathBuf, Exit> {
 pub struct Installed {
     pub runtime: Runtime,
     pub model: ModelFacts,
-}
-
-pub fn load(file: &Path) -> Result<Topology, Exit> {
-    Topology::load(file).map_err(|error| Exit::Topology(error.into()))
 }
 
 /// Installs the runtime and fetches the model, both of which are no-ops when done before.

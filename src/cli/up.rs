@@ -20,7 +20,7 @@ use tokio::net::TcpListener;
 use tokio::task::{JoinError, JoinHandle, JoinSet};
 
 use super::leftovers::host_that_fits;
-use super::prepare::{Installed, Run, guard_program, install, load};
+use super::prepare::{Installed, Run, guard_program, install};
 use super::ready::{self, Start};
 use super::{Context, Exit};
 use crate::control::{Control, ControlDeps};
@@ -43,8 +43,8 @@ const CANARY_DEADLINE: Duration = Duration::from_secs(120);
 const PARTNER_GRACE: Duration = Duration::from_secs(60);
 
 pub async fn up(cx: Context) -> Result<(), Exit> {
-    let topology = load(&cx.topology)?;
-    let mut info = InstanceInfo::starting(&cx.topology);
+    let topology = cx.load()?;
+    let mut info = InstanceInfo::starting(&cx.topology.topology);
     let mut instance = Instance::acquire(&topology.name, &info).map_err(|error| match error {
         InstanceError::AlreadyRunning { .. } => Exit::Running(error.into()),
         _ => Exit::Machine(error.into()),
@@ -121,6 +121,7 @@ async fn serve(
         run_dir: instance.dir().to_owned(),
         guard_program: guard_program()?,
         console: Arc::new(NodeLines(cx.console.clone())),
+        secrets: plan.secrets.clone(),
     };
     let router = RouterDeps {
         plan: plan.router.clone(),

@@ -1,14 +1,15 @@
 //! The console's handle: cheap to clone, never waits for the terminal.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
 use super::sink::{Sink, Style};
 use crate::runtime::Progress;
+use crate::topology::Secrets;
 
 /// Lines that may wait for the terminal.
 const QUEUE: usize = 4096;
@@ -48,6 +49,20 @@ pub(super) enum Message {
     Flush(SyncSender<()>),
 }
 
+impl Message {
+    fn text(&mut self) -> Option<&mut String> {
+        match self {
+            Self::Formatted(text)
+            | Self::Text(text)
+            | Self::NodeLine { line: text, .. }
+            | Self::Status { text, .. }
+            | Self::Note { text, .. }
+            | Self::Finished { text, .. } => Some(text),
+            Self::Started { .. } | Self::Flush(_) => None,
+        }
+    }
+}
+
 /// The one way to stderr.
 #[derive(Debug, Clone)]
 pub struct Console {
@@ -59,6 +74,7 @@ struct Shared {
     queue: SyncSender<Message>,
     dropped: Arc<AtomicU64>,
     jobs: AtomicU64,
+    secrets: OnceLock<Secrets>,
 }
 
 impl Console {
@@ -86,8 +102,14 @@ impl Console {
                 queue,
                 dropped,
                 jobs: AtomicU64::new(0),
+                secrets: OnceLock::new(),
             }),
         })
+    }
+
+    /// From now on these are not shown. Counts once: there is one topology in a process.
+    pub fn hide(&self, secrets: &Secrets) {
+        let _ = self.shared.secrets.set(secrets.clone());
     }
 
     /// A line that a node wrote.
@@ -145,7 +167,10 @@ impl Console {
         self.send(Message::Formatted(text.to_owned()));
     }
 
-    fn send(&self, message: Message) {
+    fn send(&self, mut message: Message) {
+        if let (Some(secrets), Some(text)) = (self.shared.secrets.get(), message.text()) {
+            secrets.redact_in(text);
+        }
         if self.shared.queue.try_send(message).is_err() {
             self.shared.dropped.fetch_add(1, Ordering::Relaxed);
         }

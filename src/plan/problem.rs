@@ -189,7 +189,7 @@ impl Found {
                 kind,
             })
             .collect();
-        problems.sort_by_key(|problem| problem.place);
+        problems.sort_by(|a, b| a.place.cmp(&b.place));
         Err(PlanErrors {
             file: topology.source.file().to_owned(),
             problems,

@@ -17,6 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::task::JoinHandle;
 
 use crate::fleet::NodeId;
+use crate::topology::Secrets;
 
 use file::LogFile;
 
@@ -38,6 +39,8 @@ pub struct LogTarget {
     pub path: PathBuf,
     pub max_bytes: u64,
     pub console: Arc<dyn LogSink>,
+    /// What a line must not show, wherever it goes.
+    pub secrets: Secrets,
 }
 
 /// The output of one incarnation.
@@ -170,7 +173,8 @@ impl Pump {
         let text = String::from_utf8_lossy(&bytes);
         // A progress bar redraws itself with carriage returns; its last state is the line.
         let line = text.trim_end_matches('\r').rsplit('\r').next();
-        let line = line.unwrap_or_default();
+        let line = self.target.secrets.redact(line.unwrap_or_default());
+        let line = line.as_ref();
         self.file.write_line(&self.target.node, line);
         self.target.console.line(&self.target.node, line);
         let short: String = line.chars().take(TAIL_LINE).collect();
@@ -207,6 +211,7 @@ mod tests {
             path: dir.path().join("p.log"),
             max_bytes,
             console: console.clone(),
+            secrets: Secrets::default(),
         };
         (target, console)
     }

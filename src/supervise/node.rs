@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 use crate::fleet::{FleetPublisher, NodeId};
 use crate::plan::{NodePlan, SupervisorPlan};
 use crate::shutdown::Shutdown;
+use crate::topology::Secrets;
 
 use super::child::{Incarnation, SpawnSpec, Status, log_path, port_is_free};
 use super::logs::{LogSink, LogTarget};
@@ -43,6 +44,7 @@ pub struct Shared {
     pub run_dir: PathBuf,
     pub guard_program: PathBuf,
     pub console: Arc<dyn LogSink>,
+    pub secrets: Secrets,
 }
 
 /// What the canary found, for the incarnation it looked at.
@@ -292,6 +294,7 @@ impl NodeActor {
                 path: log_path(&self.shared.log_dir, &self.plan.id),
                 max_bytes: self.shared.plan.log_bytes,
                 console: self.shared.console.clone(),
+                secrets: self.shared.secrets.clone(),
             },
         };
         match Incarnation::spawn(spec) {

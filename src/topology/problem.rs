@@ -3,7 +3,7 @@
 use std::fmt::{Display, Write};
 use std::path::Path;
 
-use super::source::{Place, Source};
+use super::source::{Place, Source, is_within};
 
 /// One thing that is wrong, and where.
 #[derive(Debug, Clone, PartialEq)]
@@ -19,6 +19,18 @@ pub struct Problem<K> {
 pub enum ProblemKind {
     #[error("not valid TOML: {message}")]
     Syntax { message: String },
+    #[error("{instead}")]
+    Override { instead: String },
+    #[error(
+        "the environment variable {name} is not set; set it, or write `${{{name}:-default}}` (and `$$` \
+         for a dollar sign)"
+    )]
+    UnsetVariable { name: String },
+    #[error(
+        "bad variable: {found}; write `${{NAME}}` or `${{NAME:-default}}` with the name of an environment \
+         variable, or `$$` for a dollar sign"
+    )]
+    BadVariable { found: String },
     #[error("unknown key; {hint}")]
     UnknownKey { hint: String },
     #[error("missing; write {instead}")]
@@ -92,35 +104,56 @@ impl<'s> Findings<'s> {
 
     /// Adds a problem of a value.
     pub(super) fn add(&mut self, key: &str, kind: ProblemKind) {
-        self.problems.push(Problem {
-            place: self.source.value(key),
-            key: key.to_owned(),
-            kind,
-        });
+        self.push(self.source.value(key), key, kind);
     }
 
     /// Adds a problem of a key's name.
     pub(super) fn add_at_key(&mut self, key: &str, kind: ProblemKind) {
+        self.push(self.source.key(key), key, kind);
+    }
+
+    fn push(&mut self, place: Place, key: &str, kind: ProblemKind) {
+        use ProblemKind::{BadVariable, UnsetVariable};
+        let unfilled = |problem: &Problem<ProblemKind>| {
+            problem.key == key && matches!(problem.kind, UnsetVariable { .. } | BadVariable { .. })
+        };
+        // The text of the file stands in for a value that is not there: no use to judge it.
+        if self.problems.iter().any(unfilled) {
+            return;
+        }
         self.problems.push(Problem {
-            place: self.source.key(key),
+            place,
             key: key.to_owned(),
-            kind,
+            kind: self.without_secrets(key, kind),
         });
+    }
+
+    /// A value that came from a variable is told as the file has it.
+    fn without_secrets(&self, key: &str, mut kind: ProblemKind) -> ProblemKind {
+        use ProblemKind::{BadValue, WrongType};
+        if let (BadValue { found, .. } | WrongType { found, .. }, Some(template)) =
+            (&mut kind, self.source.template(key))
+        {
+            *found = format!("what {template:?} stands for");
+        }
+        kind
+    }
+
+    /// Adds problems that know their place.
+    pub(super) fn extend(&mut self, problems: Vec<Problem<ProblemKind>>) {
+        self.problems.extend(problems);
     }
 
     /// A value already has a problem, so that what follows from it is not worth telling.
     pub(super) fn is_bad(&self, key: &str) -> bool {
-        self.problems.iter().any(|problem| {
-            problem
-                .key
-                .strip_prefix(key)
-                .is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
-        })
+        self.problems
+            .iter()
+            .any(|problem| is_within(&problem.key, key))
     }
 
-    /// In the file's order.
+    /// In the file's order, then those of arguments.
     pub(super) fn into_problems(mut self) -> Vec<Problem<ProblemKind>> {
-        self.problems.sort_by_key(|problem| problem.place);
+        self.problems.sort_by(|a, b| a.place.cmp(&b.place));
         self.problems
     }
 }
@@ -132,9 +165,8 @@ pub fn write_problems<K: Display>(file: &Path, problems: &[Problem<K>]) -> Strin
         n => format!("{n} problems in {}", file.display()),
     };
     for Problem { place, key, kind } in problems {
-        let Place { line, column } = place;
         // Writing to a String cannot fail.
-        let _ = write!(text, "\n\n{}:{line}:{column}", file.display());
+        let _ = write!(text, "\n\n{}", place.show(file));
         if !key.is_empty() {
             let _ = write!(text, ": {key}");
         }

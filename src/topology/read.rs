@@ -18,7 +18,7 @@ use super::value::{
 };
 use super::{
     Capacity, CpuRequest, Device, GpuRequest, HugepageRequest, KvSettings, ModelRef, NodeSettings,
-    NumaRequest, RouterSettings, RuntimeSettings, SupervisorSettings, Topology,
+    NumaRequest, RouterSettings, RuntimeSettings, Secrets, SupervisorSettings, Topology,
 };
 use crate::fleet::{DEFAULT_POOL, Role};
 
@@ -62,6 +62,7 @@ pub(super) fn topology(document: &DeTable<'_>, findings: &mut Findings<'_>) -> T
         supervisor: supervisor(&mut top),
         nodes: nodes(&mut top, device),
         source: top.findings.source.clone(),
+        secrets: Secrets::default(),
     }
 }
 
@@ -104,7 +105,7 @@ fn last_component(model: &str) -> String {
 }
 
 /// The file's name as far as it can name an instance; validation has the last word.
-fn stem_name(file: &Path) -> String {
+pub(super) fn stem_name(file: &Path) -> String {
     let stem = file.file_stem().unwrap_or_default().to_string_lossy();
     stem.to_lowercase().replace(['_', '.', ' '], "-")
 }

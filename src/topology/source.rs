@@ -1,32 +1,82 @@
-//! Where each key stands in the file.
+//! Where each key stands: in the file, or in a `--set` argument.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::problem::{Problem, ProblemKind};
 
-/// A position in a file; both count from 1, the column in characters.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+/// A position in the file or in an argument; line and column count from 1, the column in characters.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Place {
+    /// The `--set` argument that it is a position in; `None`: the file.
+    pub argument: Option<Arc<str>>,
     pub line: usize,
     pub column: usize,
 }
 
 impl Place {
-    const START: Self = Self { line: 1, column: 1 };
+    const START: Self = Self {
+        argument: None,
+        line: 1,
+        column: 1,
+    };
 
-    fn of_offset(text: &str, offset: usize) -> Self {
-        let before = text.get(..offset).unwrap_or(text);
-        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+    /// For a message about this file.
+    pub fn show<'p>(&'p self, file: &'p Path) -> impl fmt::Display + 'p {
+        fmt::from_fn(move |f| match &self.argument {
+            Some(argument) => write!(f, "--set '{argument}' column {}", self.column),
+            None => write!(f, "{}:{}:{}", file.display(), self.line, self.column),
+        })
+    }
+}
+
+/// A text that keys come from.
+pub(super) struct Text {
+    text: Arc<str>,
+    is_argument: bool,
+    /// Where offsets begin.
+    base: usize,
+}
+
+impl Text {
+    pub(super) fn file(text: &str) -> Self {
         Self {
+            text: text.into(),
+            is_argument: false,
+            base: 0,
+        }
+    }
+
+    pub(super) fn argument(text: &str) -> Self {
+        Self {
+            text: text.into(),
+            is_argument: true,
+            base: 0,
+        }
+    }
+
+    /// The same text, with offsets that count from there.
+    pub(super) fn from(&self, base: usize) -> Self {
+        Self {
+            text: self.text.clone(),
+            is_argument: self.is_argument,
+            base,
+        }
+    }
+
+    pub(super) fn place(&self, offset: usize) -> Place {
+        let before = self.text.get(..self.base + offset).unwrap_or(&self.text);
+        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+        let in_line = before.get(line_start..).unwrap_or_default();
+        Place {
+            argument: self.is_argument.then(|| self.text.clone()),
             line: before.matches('\n').count() + 1,
-            column: before
-                .get(line_start..)
-                .map_or(0, |line| line.chars().count())
-                + 1,
+            column: in_line.chars().count() + 1,
         }
     }
 }
@@ -37,6 +87,8 @@ pub struct Source {
     file: PathBuf,
     keys: BTreeMap<String, Place>,
     values: BTreeMap<String, Place>,
+    /// What the file has where a variable's value was put in.
+    templates: BTreeMap<String, String>,
 }
 
 impl Source {
@@ -45,9 +97,34 @@ impl Source {
             file: file.to_owned(),
             keys: BTreeMap::new(),
             values: BTreeMap::new(),
+            templates: BTreeMap::new(),
         };
-        source.add_table(text, "", document);
+        source.add_table(&Text::file(text), "", document);
         source
+    }
+
+    /// A key and all below it stands elsewhere now.
+    pub(super) fn replace(
+        &mut self,
+        path: &str,
+        key: Place,
+        text: &Text,
+        value: &Spanned<DeValue<'_>>,
+    ) {
+        let is_below = |found: &String, _: &mut Place| !is_within(found, path);
+        self.keys.retain(is_below);
+        self.values.retain(is_below);
+        self.keys.insert(path.to_owned(), key);
+        self.add_value(text, path.to_owned(), value);
+    }
+
+    pub(super) fn set_templates(&mut self, templates: Vec<(String, String)>) {
+        self.templates = templates.into_iter().collect();
+    }
+
+    /// The text that the file has, of a value with something in it that it got from a variable.
+    pub(super) fn template(&self, path: &str) -> Option<&str> {
+        self.templates.get(path).map(String::as_str)
     }
 
     pub fn file(&self) -> &Path {
@@ -63,7 +140,7 @@ impl Source {
     pub fn key(&self, path: &str) -> Place {
         self.keys
             .get(path)
-            .copied()
+            .cloned()
             .unwrap_or_else(|| self.value(path))
     }
 
@@ -72,7 +149,7 @@ impl Source {
         let mut path = path;
         loop {
             if let Some(place) = self.values.get(path) {
-                return *place;
+                return place.clone();
             }
             match path.rfind(['.', '[']) {
                 Some(end) => path = path.get(..end).unwrap_or_default(),
@@ -81,16 +158,16 @@ impl Source {
         }
     }
 
-    fn add_table(&mut self, text: &str, path: &str, table: &DeTable<'_>) {
+    fn add_table(&mut self, text: &Text, path: &str, table: &DeTable<'_>) {
         for (key, value) in table {
             let path = join(path, key.get_ref());
-            let place = Place::of_offset(text, key.span().start);
+            let place = text.place(key.span().start);
             self.keys.insert(path.clone(), place);
             self.add_value(text, path, value);
         }
     }
 
-    fn add_value(&mut self, text: &str, path: String, value: &Spanned<DeValue<'_>>) {
+    fn add_value(&mut self, text: &Text, path: String, value: &Spanned<DeValue<'_>>) {
         match value.get_ref() {
             DeValue::Table(table) => self.add_table(text, &path, table),
             DeValue::Array(items) => {
@@ -100,7 +177,7 @@ impl Source {
             }
             _ => {}
         }
-        let place = Place::of_offset(text, value.span().start);
+        let place = text.place(value.span().start);
         self.values.insert(path, place);
     }
 }
@@ -114,11 +191,17 @@ pub(super) fn join(table: &str, key: &str) -> String {
     }
 }
 
+/// The path is the other one, or leads further down from it.
+pub(super) fn is_within(path: &str, other: &str) -> bool {
+    path.strip_prefix(other)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+}
+
 /// What the TOML parser could not read.
 pub(super) fn syntax_problem(text: &str, error: &toml::de::Error) -> Problem<ProblemKind> {
     let offset = error.span().map_or(0, |span| span.start);
     Problem {
-        place: Place::of_offset(text, offset),
+        place: Text::file(text).place(offset),
         key: String::new(),
         kind: ProblemKind::Syntax {
             message: error.message().to_owned(),

@@ -47,12 +47,16 @@ fn is_name(name: &str, most: usize) -> bool {
     (1..=most).contains(&name.len()) && name.chars().all(allowed)
 }
 
-fn top(topology: &Topology, findings: &mut Findings<'_>) {
-    if !findings.is_bad("name") && !is_name(&topology.name, 40) {
-        let found = format!("the name {:?}", topology.name);
+pub(super) fn instance_name(name: &str, findings: &mut Findings<'_>) {
+    if !findings.is_bad("name") && !is_name(name, 40) {
+        let found = format!("the name {name:?}");
         let instead = "`name = \"...\"` with 1 to 40 of a-z, 0-9 and -";
         findings.add("name", bad(found, instead));
     }
+}
+
+fn top(topology: &Topology, findings: &mut Findings<'_>) {
+    instance_name(&topology.name, findings);
     let multiple = match topology.device {
         Device::Cuda => 16,
         Device::Cpu => 32,

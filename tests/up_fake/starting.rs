@@ -46,3 +46,50 @@ async fn node_logs_are_shown_with_a_prefix_and_kept_in_files() {
     }
     up.stop().await;
 }
+
+/// Keys written on the command line count, and what a variable gave to a node is shown nowhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn overrides_are_used_and_secrets_stay_out_of_logs() {
+    let mut site = crate::support::Site::new();
+    site.env("SITE_TOKEN", "hf_0123456789");
+    site.script(r#"{"fatal_start": "the token hf_0123456789 is refused"}"#);
+    let set = [
+        "name=other",
+        "supervisor.crash_limit=1",
+        "node.prefill.env.TOKEN=${SITE_TOKEN}",
+    ];
+    let mut args = vec!["up", "topology.toml"];
+    args.extend(set.iter().flat_map(|set| ["--set", *set]));
+    let mut command = tokio::process::Command::from(site.command(&args));
+    let ended = command.kill_on_drop(true).output();
+    let ended = tokio::time::timeout(crate::support::HANG, ended).await;
+    let ended = ended.expect("up ends").unwrap();
+    assert_eq!(ended.status.code(), Some(1));
+    let output = String::from_utf8_lossy(&ended.stderr);
+    assert!(output.contains("the token *** is refused"), "{output}");
+    assert!(!output.contains("hf_0123456789"), "{output}");
+    for node in ["prefill", "decode"] {
+        let log = site.path(&format!("state/pegaflow/other/logs/{node}.log"));
+        let log = fs::read_to_string(log).unwrap();
+        assert!(log.contains("the token *** is refused"), "{log}");
+        assert!(!log.contains("hf_0123456789"), "{log}");
+    }
+}
+
+/// A wrong override is a wrong topology, and says which argument it was.
+#[tokio::test]
+async fn a_wrong_override_ends_with_the_argument_in_the_message() {
+    let site = crate::support::Site::new();
+    let set = "node.reader.count=2";
+    for command in [&["up"][..], &["prepare"], &["kv", "stats"]] {
+        let args = [command, &["topology.toml", "--set", set]].concat();
+        let ended = site.command(&args).output().unwrap();
+        assert_eq!(ended.status.code(), Some(3), "{args:?}");
+        let output = String::from_utf8_lossy(&ended.stderr);
+        assert!(
+            output.contains("--set 'node.reader.count=2' column 6: node"),
+            "{output}"
+        );
+        assert!(output.contains("[0] (prefill), [1] (decode)"), "{output}");
+    }
+}
