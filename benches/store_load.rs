@@ -16,12 +16,12 @@
 
 mod rig;
 
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use memmap2::MmapMut;
 use pegaflow::engine::client::{Client, Query};
 use pegaflow::engine::protocol::{ClientMessage, HandoffName, Open, SessionKind, SlotRef};
 use pegaflow::handoff::{HandoffId, HandoffOutcome};
@@ -82,18 +82,17 @@ impl Load {
         let (mut worker, mut scheduler) = rig.join_both(Node { name: "s", ..P });
         // The first touch of memory is not what is measured.
         let row = vec![7; WIDE_ROW as usize];
+        let mut arena = mapped(&worker);
         for slot in 0..worker.welcome().slots {
             let at = SlotRef {
                 slot,
                 generation: 0,
             };
-            let at = worker.offset(at);
-            arena_of(&worker).write_all_at(&row, at).unwrap();
+            write(&mut arena, worker.offset(at), &row);
         }
         self.started = Instant::now();
         let (stop, saved) = (self.stop.clone(), self.saved.clone());
         self.threads.push(thread::spawn(move || {
-            let arena = arena_of(&worker);
             let pause = Duration::from_secs_f64((BATCH as u64 * WIDE_ROW) as f64 / rate);
             let mut due = Instant::now();
             for seed in 1000.. {
@@ -105,7 +104,7 @@ impl Load {
                 assert!(granted.ok, "saves found no room");
                 let refs = SlotRef::decode_all(&granted.refs).unwrap();
                 for at in &refs {
-                    arena.write_all_at(&row, worker.offset(*at)).unwrap();
+                    write(&mut arena, worker.offset(*at), &row);
                 }
                 let bytes = refs.len() as u64 * WIDE_ROW;
                 worker.send(&commit(&refs, bytes)).unwrap();
@@ -140,6 +139,21 @@ impl Load {
         }
         rate / 1e9
     }
+}
+
+/// As a worker has it.
+fn mapped(worker: &Client) -> MmapMut {
+    #[expect(unsafe_code, reason = "the arena is shared with the engine")]
+    // SAFETY: the engine writes only the generations, which nobody reads through this mapping, and
+    // no other worker of the benchmark writes; the file is sealed against shrinking.
+    unsafe {
+        MmapMut::map_mut(&arena_of(worker)).unwrap()
+    }
+}
+
+fn write(arena: &mut MmapMut, offset: u64, row: &[u8]) {
+    let offset = usize::try_from(offset).unwrap();
+    arena[offset..offset + row.len()].copy_from_slice(row);
 }
 
 fn lookups(chunks: usize, saves: f64, span: Duration) {

@@ -90,12 +90,16 @@ fn hello(node: Node, kind: SessionKind) -> Hello {
 
 /// `count` keys as vLLM makes them: a 32-byte hash and the KV group 0. Other seeds, other keys.
 pub fn keys(seed: u64, count: usize) -> Vec<Vec<u8>> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    // SplitMix64. The seed is mixed as well: neighbouring ones would give the same keys, shifted.
+    let mix = |z: u64| {
+        let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    };
+    let mut state = mix(seed);
     let mut next = move || {
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ (z >> 31)).to_le_bytes()
+        mix(state).to_le_bytes()
     };
     let one = |_| [next(), next(), next(), next()].concat();
     let hashes = (0..count).map(one);
