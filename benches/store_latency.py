@@ -87,8 +87,7 @@ def one_client(count: int, rounds: int) -> None:
     body = protocol.frame(found)[protocol.LENGTH.size :]
 
     def book() -> None:
-        dict(zip(names, protocol.split_refs(found.refs), strict=True))
-        dict(zip(names, found.states, strict=True))
+        dict(zip(names, range(len(names)), strict=True))
 
     parts = {"encode": encode, "decode": lambda: protocol.decode_answer(body), "the manager's tables": book}
     for name, work in parts.items():

@@ -176,7 +176,7 @@ class Manager(OffloadingManager):
             return LookupResult.MISS
         if not tracked.asked:
             self._ask(tracked, req_context)
-        state = protocol.MISS if tracked.reply is None else tracked.reply.states.get(key, protocol.MISS)
+        state = protocol.MISS if tracked.reply is None else tracked.reply.state(key)
         if state == protocol.HIT:
             return LookupResult.HIT
         if state == protocol.PENDING and tracked.pending_until is not None:
@@ -290,17 +290,15 @@ class Manager(OffloadingManager):
             # The engine may have leased the hits of an answer that came too late.
             self._client.send(Release(request=tracked.id))
             return
-        refs = dict(zip(keys, protocol.split_refs(found.refs), strict=True))
-        tracked.reply = Reply(dict(zip(keys, found.states, strict=True)), refs, now)
-        tracked.recomputed = any(state != protocol.HIT for state in found.states)
+        positions = dict(zip(keys, range(len(keys)), strict=True))
+        tracked.reply = Reply(positions, found.states, found.refs, now)
+        tracked.recomputed = found.states.count(protocol.HIT) != len(found.states)
         if protocol.PENDING not in found.states:
             return
         if tracked.pending_until is None:
             tracked.pending_until = now + PENDING_DEADLINE
         elif now >= tracked.pending_until:
-            tracked.reply.states.update(
-                (key, protocol.MISS) for key, state in tracked.reply.states.items() if state == protocol.PENDING
-            )
+            tracked.reply.waits = False
 
     def _prompt_keys(self, request_id: str, req_context: Any) -> list[bytes]:
         positions = getattr(req_context, "_offload_key_positions", None)
@@ -314,9 +312,7 @@ class Manager(OffloadingManager):
         if tracked is None or tracked.reply is None:
             return None
         tracked.loading = True
-        reply = tracked.reply
-        refs = (reply.refs[key] if reply.states.get(key) == protocol.HIT else protocol.LOST_REF for key in keys)
-        return self._spec(b"".join(refs))
+        return self._spec(b"".join(map(tracked.reply.ref, keys)))
 
     def _spec(self, refs: bytes) -> ChunkSpec:
         session = self._client.session

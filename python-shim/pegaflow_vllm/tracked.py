@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from pegaflow_vllm import protocol
 from pegaflow_vllm.guard import report
 
 
@@ -34,9 +35,28 @@ class Handoff:
 class Reply:
     """The engine's answer for all keys of a prompt; its hits are leased to the request."""
 
-    states: dict[bytes, int]
-    refs: dict[bytes, bytes]
+    positions: dict[bytes, int]
+    """Where a key's state and ref are."""
+    states: bytes
+    """A byte per key."""
+    refs: bytes
+    """REF_BYTES per key."""
     at: float
+    waits: bool = True
+    """What is Pending is worth waiting for."""
+
+    def state(self, key: bytes) -> int:
+        position = self.positions.get(key)
+        state = protocol.MISS if position is None else self.states[position]
+        return protocol.MISS if state == protocol.PENDING and not self.waits else state
+
+    def ref(self, key: bytes) -> bytes:
+        """Of a hit; LOST_REF for any other key."""
+        position = self.positions.get(key)
+        if position is None or self.states[position] != protocol.HIT:
+            return protocol.LOST_REF
+        start = position * protocol.REF_BYTES
+        return self.refs[start : start + protocol.REF_BYTES]
 
 
 @dataclass

@@ -110,6 +110,10 @@ impl Machine {
     }
 
     pub(super) fn proven(&mut self, now: Instant) -> Vec<Action> {
+        if self.trust == KvTrust::None {
+            // It has no connector: there is nothing to prove.
+            return vec![];
+        }
         match self.state {
             State::Verifying => {
                 self.state = State::Ready { since: now };
