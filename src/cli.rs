@@ -38,6 +38,8 @@ enum Command {
     Prepare(Target),
     /// Look at the KV store of a running `up`, or empty it.
     Kv(kv::KvArgs),
+    /// Print the JSON schema of a topology file, for editors.
+    Schema,
     /// The process between pegaflow and one node (internal).
     #[command(name = "__guard", hide = true)]
     Guard(GuardArgs),
@@ -59,6 +61,18 @@ pub fn main() -> ExitCode {
         Command::Up(target) => run(&target, up::up),
         Command::Prepare(target) => run(&target, prepare::prepare),
         Command::Kv(args) => kv::kv(&args),
+        Command::Schema => print(&format!("{:#}\n", crate::topology::schema())),
+    }
+}
+
+/// The whole of a command that only says something.
+fn print(text: &str) -> ExitCode {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "error: cannot write to stdout: {error}");
+            ExitCode::FAILURE
+        }
     }
 }
 

@@ -26,6 +26,8 @@ mod memory;
 mod overrides;
 mod problem;
 mod read;
+
+mod schema;
 mod section;
 mod source;
 mod validate;
@@ -35,6 +37,7 @@ pub use interpolate::Secrets;
 pub use load::Surroundings;
 pub use memory::{Capacity, HugepageRequest, NumaRequest};
 pub use problem::{Problem, ProblemKind, write_problems};
+pub use schema::schema;
 pub use source::{Place, Source};
 
 /// A file with all defaults filled in and no contradiction.

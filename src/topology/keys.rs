@@ -1,152 +1,190 @@
-//! The keys that exist, and which of them a wrong one may have meant.
+//! The keys that exist: one table, from which the reader knows unknown keys and [`super::schema`]
+//! makes what editors complete and check.
+//!
+//! A new key goes in here first: reading one that is not listed fails every test. Its default and its
+//! range stand in [`super::read`] as well; `tests/plan_schema.rs` compares the two.
+
+mod hint;
 
 /// A table of the file and the keys that it may hold.
-pub(super) struct Known {
+pub(super) struct Table {
     /// As a person writes it: empty for the top, `[kv]`, `[[node]]`.
     pub(super) header: &'static str,
-    pub(super) keys: &'static [&'static str],
+    pub(super) doc: &'static str,
+    pub(super) keys: &'static [Key],
 }
 
-pub(super) const TOP: Known = Known {
+pub(super) struct Key {
+    pub(super) name: &'static str,
+    pub(super) shape: Shape,
+    pub(super) absent: Absent,
+    /// What an editor shows; `docs/topology.md` says more.
+    pub(super) doc: &'static str,
+}
+
+/// What a key's value looks like.
+#[derive(Clone, Copy)]
+pub(super) enum Shape {
+    /// Any string that is not empty.
+    Text,
+    /// Of an instance or a node.
+    Name,
+    Model,
+    OneOf(&'static [&'static str]),
+    Boolean,
+    /// From, to, and the number that it is a multiple of.
+    Integer(i64, i64, i64),
+    Number(f64, f64),
+    Duration,
+    DurationOrZero,
+    Size,
+    SizeOrPercent,
+    Address,
+    Strings,
+    /// Names to strings.
+    Variables,
+    Numa,
+    Gpus,
+    Cpus,
+    Table(&'static Table),
+    Tables(&'static Table),
+}
+
+/// What holds where the key is left out.
+#[derive(Clone, Copy)]
+pub(super) enum Absent {
+    Required,
+    /// In TOML.
+    Is(&'static str),
+    /// It depends on other keys or the machine.
+    Words(&'static str),
+}
+
+use Absent::{Is, Required, Words};
+use Shape::{
+    Address, Boolean, Cpus, Duration, DurationOrZero, Gpus, Integer, Model, Name, Numa, Number,
+    OneOf, Size, SizeOrPercent, Strings, Tables, Text, Variables,
+};
+
+const fn key(name: &'static str, shape: Shape, absent: Absent, doc: &'static str) -> Key {
+    Key {
+        name,
+        shape,
+        absent,
+        doc,
+    }
+}
+
+#[rustfmt::skip]
+pub(super) const TOP: Table = Table {
     header: "",
+    doc: "Which vLLM nodes pegaflow starts on this machine, and how it serves them.",
     keys: &[
-        "name",
-        "device",
-        "model",
-        "served_model_name",
-        "dtype",
-        "block_size",
-        "max_model_len",
-        "runtime",
-        "kv",
-        "router",
-        "supervisor",
-        "node",
+        key("name", Name, Words("the file's name"), "Names the instance; two runs of one name exclude each other."),
+        key("device", OneOf(&["cuda", "cpu"]), Is("\"cuda\""), "Where all nodes compute."),
+        key("model", Model, Required, "A Hugging Face id, a directory that begins with / or ./, or builtin:tiny."),
+        key("served_model_name", Text, Words("the last part of `model`"), "What clients write in `model`."),
+        key("dtype", OneOf(&["auto", "bfloat16", "float16", "half", "float32", "float"]), Is("\"auto\""), "As vLLM's --dtype."),
+        key("block_size", Integer(16, 1024, 16), Words("16, on CPU 32"), "Tokens per KV block, equal on all nodes; on CPU a multiple of 32."),
+        key("max_model_len", Integer(16, 1 << 30, 1), Words("the model's"), "Tokens of prompt and answer together; at least one block."),
+        key("runtime", Shape::Table(&RUNTIME), Is("{}"), RUNTIME.doc),
+        key("kv", Shape::Table(&KV), Is("{}"), KV.doc),
+        key("router", Shape::Table(&ROUTER), Is("{}"), ROUTER.doc),
+        key("supervisor", Shape::Table(&SUPERVISOR), Is("{}"), SUPERVISOR.doc),
+        key("node", Tables(&NODE), Required, NODE.doc),
     ],
 };
 
-pub(super) const RUNTIME: Known = Known {
+#[rustfmt::skip]
+pub(super) const RUNTIME: Table = Table {
     header: "[runtime]",
+    doc: "Which vLLM serves the nodes.",
     keys: &[
-        "kind",
-        "python",
-        "python_version",
-        "requirements",
-        "overrides",
+        key("kind", OneOf(&["path", "python", "managed"]), Is("\"path\""), "path: the vllm program on PATH. python: an interpreter or virtual environment of yours. managed: one that pegaflow makes once and keeps in its cache."),
+        key("python", Text, Words("none; needed for kind = \"python\""), "The interpreter, or the environment's directory."),
+        key("python_version", Text, Words("\"3.11\" for kind = \"managed\""), "The Python version of a managed environment."),
+        key("requirements", Strings, Words("none; needed for kind = \"managed\""), "What to install into a managed environment, like [\"vllm==0.30.0\"]."),
+        key("overrides", Strings, Words("[] for kind = \"managed\""), "Versions that replace what the requirements ask for."),
     ],
 };
 
-pub(super) const KV: Known = Known {
+#[rustfmt::skip]
+pub(super) const KV: Table = Table {
     header: "[kv]",
+    doc: "The store through which prefill hands KV to decode.",
     keys: &[
-        "capacity",
-        "hugepages",
-        "numa",
-        "handoff_deadline",
-        "save_decoded",
-        "allow_unproven_models",
-        "canary_logprob_tolerance",
+        key("capacity", SizeOrPercent, Is("\"8GiB\""), "Host memory for KV, at least 16MiB: a size, or a share of the machine's memory like 50%."),
+        key("hugepages", OneOf(&["auto", "on", "off"]), Is("\"auto\""), "auto: 2 MiB pages where enough are set aside. on: refused where too few are free. off: normal pages."),
+        key("numa", Numa, Is("\"auto\""), "On which NUMA nodes the store lies: auto, interleave, none, or a list of them."),
+        key("handoff_deadline", Duration, Is("\"60s\""), "A hand-off that is open for longer fails, and decode computes the prompt itself."),
+        key("save_decoded", Boolean, Is("false"), "Decode nodes save the tokens they generate too, for the next turn of a conversation."),
+        key("allow_unproven_models", Boolean, Is("false"), "Skips the refusal of models that are known to answer wrongly with loaded KV."),
+        key("canary_logprob_tolerance", Number(0.0, 10.0), Words("0.05, on CPU 0.0"), "How far log probabilities with loaded KV may be from computed ones; 0.0 is bit-exact."),
     ],
 };
 
-pub(super) const ROUTER: Known = Known {
+#[rustfmt::skip]
+pub(super) const ROUTER: Table = Table {
     header: "[router]",
+    doc: "The OpenAI API.",
     keys: &[
-        "listen",
-        "connect_timeout",
-        "first_byte_timeout",
-        "chunk_timeout",
-        "handoff_timeout",
-        "max_body",
-        "max_in_flight",
-        "max_queue",
-        "queue_timeout",
-        "drain_timeout",
+        key("listen", Address, Is("\"127.0.0.1:8000\""), "IP address and port."),
+        key("connect_timeout", Duration, Is("\"5s\""), "To a node."),
+        key("first_byte_timeout", Duration, Is("\"600s\""), "From sending a request to a node to the head of its reply (for a stream) or the whole reply."),
+        key("chunk_timeout", Duration, Is("\"120s\""), "Between two pieces of a stream."),
+        key("handoff_timeout", Duration, Is("\"60s\""), "From sending a prompt to prefill to its KV being ready; then decode computes it itself."),
+        key("max_body", Size, Is("\"64MiB\""), "Of a request."),
+        key("max_in_flight", Integer(1, 1_000_000, 1), Is("1024"), "Requests at a time."),
+        key("max_queue", Integer(0, 1_000_000, 1), Is("1024"), "Requests that may wait; more are answered 429."),
+        key("queue_timeout", DurationOrZero, Is("\"60s\""), "How long a request waits; \"0s\" for not at all."),
+        key("drain_timeout", DurationOrZero, Is("\"30s\""), "After Ctrl-C, how long running requests may finish."),
     ],
 };
 
-pub(super) const SUPERVISOR: Known = Known {
+#[rustfmt::skip]
+pub(super) const SUPERVISOR: Table = Table {
     header: "[supervisor]",
+    doc: "The life of the nodes.",
     keys: &[
-        "start_timeout",
-        "health_interval",
-        "hang_timeout",
-        "idle_canary",
-        "stop_grace",
-        "backoff_first",
-        "backoff_max",
-        "crash_limit",
-        "crash_window",
-        "log_bytes",
+        key("start_timeout", Duration, Is("\"900s\""), "From start to ready; extended while the log grows."),
+        key("health_interval", Duration, Is("\"1s\""), "Between two health probes."),
+        key("hang_timeout", Duration, Is("\"120s\""), "Requests running and token counters that stand still for this long: the node is restarted."),
+        key("idle_canary", DurationOrZero, Is("\"30s\""), "An idle or silent node is asked for one token this often; \"0s\": only one that has been silent for hang_timeout."),
+        key("stop_grace", Duration, Is("\"15s\""), "Between TERM and KILL."),
+        key("backoff_first", Duration, Is("\"5s\""), "Delay of the second restart (the first is at once); doubles up to backoff_max."),
+        key("backoff_max", Duration, Is("\"120s\""), "The longest delay of a restart."),
+        key("crash_limit", Integer(1, 1000, 1), Is("5"), "Deaths within crash_window after which a node stays down."),
+        key("crash_window", Duration, Is("\"30m\""), "In which crash_limit counts deaths."),
+        key("log_bytes", Size, Is("\"32MiB\""), "Of one log file before it is rotated; at least 1MiB."),
     ],
 };
 
-pub(super) const NODE: Known = Known {
+#[rustfmt::skip]
+pub(super) const NODE: Table = Table {
     header: "[[node]]",
+    doc: "One or more vLLM servers.",
     keys: &[
-        "name",
-        "role",
-        "pool",
-        "count",
-        "gpus",
-        "cpus",
-        "tensor_parallel",
-        "args",
-        "env",
-        "port",
-        "gpu_memory_fraction",
-        "kv_cache",
+        key("name", Name, Words("the role"), "Unique."),
+        key("role", OneOf(&["prefill", "decode", "unified"]), Required, "prefill computes prompts, decode loads their KV and generates (both are needed), unified does everything for itself."),
+        key("pool", Name, Is("\"default\""), "Prefill and decode nodes of one pool hand off to each other, and to no others."),
+        key("count", Integer(1, 64, 1), Is("1"), "Replicas, named NAME-0, NAME-1, ..."),
+        key("gpus", Gpus, Is("\"auto\""), "auto: the GPUs with the most free memory. A number: that many, chosen so. A list: indices in PCI bus order, or UUIDs."),
+        key("cpus", Cpus, Is("\"auto\""), "CPU only: auto for an equal share of the cores, or a list of cores."),
+        key("tensor_parallel", Integer(1, 64, 1), Words("what `gpus` asks for, else 1"), "Ranks of one replica; equal on all nodes that share KV."),
+        key("args", Strings, Is("[]"), "More flags for vLLM, like [\"--max-num-seqs\", \"64\"]; not those that pegaflow sets."),
+        key("env", Variables, Is("{}"), "More environment variables; not those that pegaflow sets. ${NAME} takes pegaflow's own."),
+        key("port", Integer(0, 65535, 1), Is("0"), "HTTP port on 127.0.0.1; 0: pegaflow finds one. One replica only."),
+        key("gpu_memory_fraction", Number(0.01, 1.0), Is("0.9"), "Of each GPU's memory, for weights and KV."),
+        key("kv_cache", Size, Words("vLLM's choice, on CPU \"1GiB\""), "vLLM's own KV cache; on CPU in whole GiB."),
     ],
 };
 
-const ALL: [&Known; 6] = [&TOP, &RUNTIME, &KV, &ROUTER, &SUPERVISOR, &NODE];
+const ALL: [&Table; 6] = [&TOP, &RUNTIME, &KV, &ROUTER, &SUPERVISOR, &NODE];
 
-impl Known {
-    /// What to write instead of a key that does not exist here.
-    pub(super) fn hint(&self, unknown: &str) -> String {
-        let elsewhere = ALL
-            .iter()
-            .find(|other| other.header != self.header && other.keys.contains(&unknown));
-        if let Some(other) = elsewhere {
-            return match other.header {
-                "" => format!("write `{unknown}` at the top of the file, above every [table]"),
-                header => format!("write `{unknown}` under {header}"),
-            };
-        }
-        match self.nearest(unknown) {
-            Some(key) => format!("did you mean `{key}`?"),
-            None => format!("known here: {}", self.keys.join(", ")),
-        }
+impl Table {
+    pub(super) fn key(&self, name: &str) -> Option<&'static Key> {
+        self.keys.iter().find(|key| key.name == name)
     }
-
-    fn nearest(&self, unknown: &str) -> Option<&'static str> {
-        let limit = (unknown.chars().count() / 3).clamp(1, 4);
-        self.keys
-            .iter()
-            .map(|key| (distance(unknown, key), *key))
-            .filter(|(distance, _)| *distance <= limit)
-            .min()
-            .map(|(_, key)| key)
-    }
-}
-
-/// Levenshtein: letters to insert, delete or replace.
-fn distance(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.chars().count()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = i;
-        let mut left = i + 1;
-        for (cell, y) in row.iter_mut().skip(1).zip(b.chars()) {
-            let replace = diagonal + usize::from(x != y);
-            diagonal = *cell;
-            left = replace.min(diagonal + 1).min(left + 1);
-            *cell = left;
-        }
-        if let Some(first) = row.first_mut() {
-            *first = i + 1;
-        }
-    }
-    row.last().copied().unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -154,35 +192,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn distance_counts_edits() {
-        for (a, b, edits) in [
-            ("gpus", "gpus", 0),
-            ("gpu", "gpus", 1),
-            ("", "abc", 3),
-            ("abc", "", 3),
-            ("kitten", "sitting", 3),
-        ] {
-            assert_eq!(distance(a, b), edits, "{a} {b}");
-        }
-    }
-
-    #[test]
-    fn the_nearest_key_is_found_and_far_ones_are_not() {
-        assert_eq!(NODE.nearest("gpu"), Some("gpus"));
-        assert_eq!(NODE.nearest("tensor_paralell"), Some("tensor_parallel"));
-        assert_eq!(NODE.nearest("banana"), None);
-    }
-
-    #[test]
-    fn the_reference_explains_every_key() {
+    fn the_reference_has_a_row_for_every_key_with_its_default() {
         let reference = include_str!("../../docs/topology.md");
-        for known in ALL {
-            for key in known.keys {
-                assert!(
-                    reference.contains(&format!("`{key}`"))
-                        || reference.contains(&format!("[{key}]")),
-                    "docs/topology.md lacks {key}"
-                );
+        for table in ALL {
+            let header = match table.header {
+                "" => "\n## Top".to_owned(),
+                header => format!("\n## `{header}`"),
+            };
+            let (_, section) = reference.split_once(&header).unwrap();
+            let section = section.split("\n## ").next().unwrap();
+            for key in table.keys {
+                if matches!(key.shape, Shape::Table(_) | Tables(_)) {
+                    continue;
+                }
+                let row = section
+                    .lines()
+                    .find(|line| line.starts_with(&format!("| `{}` |", key.name)));
+                let row = row.unwrap_or_else(|| panic!("{header} lacks {}", key.name));
+                let default = row.split(" | ").nth(1).unwrap().replace('`', "");
+                match key.absent {
+                    Is(is) => assert_eq!(default, is, "{}", key.name),
+                    Required => assert_eq!(default, "required", "{}", key.name),
+                    Words(_) => assert!(!default.is_empty(), "{}", key.name),
+                }
             }
         }
     }

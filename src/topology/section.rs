@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use toml::de::{DeTable, DeValue};
 
-use super::keys::Known;
+use super::keys::Table;
 use super::problem::{Findings, ProblemKind};
 use super::source::join;
 use super::value::{duration, non_empty, string, wrong};
@@ -13,6 +13,7 @@ use super::value::{duration, non_empty, string, wrong};
 /// A table of the file, or nothing where it was left out.
 pub(super) struct Section<'t, 'd, 'f, 's> {
     table: Option<&'t DeTable<'d>>,
+    known: &'static Table,
     pub(super) path: String,
     pub(super) findings: &'f mut Findings<'s>,
 }
@@ -21,24 +22,25 @@ impl<'t, 'd, 'f, 's> Section<'t, 'd, 'f, 's> {
     pub(super) fn new(
         table: &'t DeTable<'d>,
         path: String,
-        known: &Known,
+        known: &'static Table,
         findings: &'f mut Findings<'s>,
     ) -> Self {
         for (key, _) in table {
             let key = key.get_ref().as_ref();
-            if !known.keys.contains(&key) {
+            if known.key(key).is_none() {
                 let hint = known.hint(key);
                 findings.add_at_key(&join(&path, key), ProblemKind::UnknownKey { hint });
             }
         }
         Self {
             table: Some(table),
+            known,
             path,
             findings,
         }
     }
 
-    pub(super) fn sub(&mut self, key: &str, known: &Known) -> Section<'t, 'd, '_, 's> {
+    pub(super) fn sub(&mut self, key: &str, known: &'static Table) -> Section<'t, 'd, '_, 's> {
         let path = join(&self.path, key);
         match self.raw(key) {
             Some(DeValue::Table(table)) => Section::new(table, path, known, self.findings),
@@ -49,6 +51,7 @@ impl<'t, 'd, 'f, 's> Section<'t, 'd, 'f, 's> {
                 }
                 Section {
                     table: None,
+                    known,
                     path,
                     findings: self.findings,
                 }
@@ -57,6 +60,7 @@ impl<'t, 'd, 'f, 's> Section<'t, 'd, 'f, 's> {
     }
 
     pub(super) fn raw(&self, key: &str) -> Option<&'t DeValue<'d>> {
+        debug_assert!(self.known.key(key).is_some(), "`{key}` is not in keys.rs");
         self.table?.get(key).map(toml::Spanned::get_ref)
     }
 
