@@ -77,13 +77,12 @@ async fn two_hundred_concurrent_requests_each_get_their_own_answer() {
     let up = site.up_ready().await;
     let requests = mixed(&up, 50, 16).await;
     let url = up.url();
-    // A request that decode could not take in time is answered whole, perhaps by prefill.
-    let whole = r#"vllm:fake_legs_total{engine="0",model_name="tiny",leg="whole"}"#;
-    let answered = async || {
-        up.node_metric("decode", "vllm:fake_requests_total").await
-            + up.node_metric("prefill", whole).await
+    let seen = async || {
+        let requests = "vllm:fake_requests_total";
+        let decode = up.node_metric("decode", requests).await;
+        (decode, up.node_metric("prefill", requests).await)
     };
-    let before = answered().await;
+    let before = seen().await;
     let tasks = (0..200).map(|turn| {
         let (expected, url) = (requests[turn % requests.len()].clone(), url.clone());
         tokio::spawn(async move {
@@ -98,8 +97,13 @@ async fn two_hundred_concurrent_requests_each_get_their_own_answer() {
     }
     assert_eq!(answers.len(), 200);
     check(&answers, MayBreak::Nothing);
-    let after = answered().await;
-    assert_eq!(after - before, 200.0, "each was answered once");
+    let after = seen().await;
+    let seen = (after.0 - before.0, after.1 - before.1);
+    assert_eq!(
+        seen,
+        (200.0, 200.0),
+        "each was prefilled once and decoded once"
+    );
     up.stop().await;
 }
 

@@ -1,5 +1,6 @@
 //! `pegaflow kv`: the store as whoever operates it sees it.
 
+use pegaflow::host::HostSnapshot;
 use serde_json::{Value, json};
 
 use crate::support::client::{completion, is_proven};
@@ -85,6 +86,40 @@ async fn each_pool_hands_off_within_itself() {
         );
     }
     up.stop().await;
+}
+
+/// Where 2 MiB pages are set aside (CI does that), the arena is made of them and hand-offs go through
+/// it; elsewhere `up` says which command sets them aside.
+#[tokio::test(flavor = "multi_thread")]
+async fn huge_pages_are_used_or_their_absence_is_explained() {
+    let site = Site::new();
+    let text = topology(site.port).replace("\"64MiB\"", "\"16MiB\"\nhugepages = \"on\"");
+    site.topology(&text);
+    if HostSnapshot::take().unwrap().memory.hugepages.free < 8 {
+        let output = site.command(&["up", "topology.toml"]).output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(4), "{errors}");
+        assert!(
+            errors.contains("kv.hugepages") && errors.contains("nr_hugepages"),
+            "{errors}"
+        );
+        return;
+    }
+    let up = site.up_ready().await;
+    for seed in 0..3 {
+        let body = completion(seed, 640, 8);
+        let whole = up.whole("decode", &body).await;
+        assert_eq!(up.generate(&body).await.text, whole.text);
+    }
+    assert!(kv(&site, "stats")["loaded_chunks"].as_u64().unwrap() >= 60);
+    let taken = HostSnapshot::take().unwrap().memory.hugepages;
+    assert!(
+        taken.free + 8 <= taken.total,
+        "the arena is not in huge pages: {taken:?}"
+    );
+    up.stop().await;
+    let given_back = HostSnapshot::take().unwrap().memory.hugepages;
+    assert!(given_back.free >= taken.free + 8, "{given_back:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
