@@ -1,7 +1,9 @@
 //! The command line: parse, dispatch, exit code. [`up`] is the only place where the supervisor, the
 //! engine and the router meet.
 
+mod completions;
 mod exit;
+mod init;
 mod kv;
 mod leftovers;
 mod prepare;
@@ -12,7 +14,7 @@ mod up;
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 pub use exit::Exit;
 
@@ -38,6 +40,10 @@ enum Command {
     Prepare(Target),
     /// Look at the KV store of a running `up`, or empty it.
     Kv(kv::KvArgs),
+    /// Write a topology for this machine: its GPUs in pairs, or its CPUs.
+    Init(init::InitArgs),
+    /// Print a script that completes pegaflow's commands and options in a shell.
+    Completions(completions::CompletionsArgs),
     /// Print the JSON schema of a topology file, for editors.
     Schema,
     /// The process between pegaflow and one node (internal).
@@ -60,20 +66,28 @@ pub fn main() -> ExitCode {
         Command::Guard(args) => guard_main(args),
         Command::Up(target) => run(&target, up::up),
         Command::Prepare(target) => run(&target, prepare::prepare),
-        Command::Kv(args) => kv::kv(&args),
-        Command::Schema => print(&format!("{:#}\n", crate::topology::schema())),
+        Command::Kv(args) => ended(kv::kv(&args)),
+        Command::Init(args) => ended(init::init(&args)),
+        Command::Completions(args) => ended(print(&completions::script(&args, Cli::command()))),
+        Command::Schema => ended(print(&format!("{:#}\n", crate::topology::schema()))),
     }
 }
 
-/// The whole of a command that only says something.
-fn print(text: &str) -> ExitCode {
-    match std::io::stdout().write_all(text.as_bytes()) {
+/// The end of a command that has no console.
+fn ended(outcome: Result<(), Exit>) -> ExitCode {
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            let _ = writeln!(std::io::stderr(), "error: cannot write to stdout: {error}");
-            ExitCode::FAILURE
+        Err(exit) => {
+            let _ = writeln!(std::io::stderr(), "error: {exit}");
+            exit.code()
         }
     }
+}
+
+fn print(text: &str) -> Result<(), Exit> {
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .map_err(|error| Exit::failed("cannot write to stdout", error))
 }
 
 /// What a command has at hand.

@@ -170,6 +170,11 @@ impl RuntimeError {
     }
 }
 
+/// The program that `kind = "path"` would run.
+pub fn vllm_on_path() -> Option<PathBuf> {
+    search::find("vllm", &std::env::var_os("PATH").unwrap_or_default())
+}
+
 /// Finds or makes the runtime. Idempotent; a second call is quick.
 pub async fn prepare(settings: &RuntimeSettings, job: Job<'_>) -> Result<Runtime, RuntimeError> {
     let surroundings = match settings {

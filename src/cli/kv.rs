@@ -2,7 +2,6 @@
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::anyhow;
@@ -47,18 +46,12 @@ impl Action {
 }
 
 /// Prints the answer as JSON on stdout.
-pub fn kv(args: &KvArgs) -> ExitCode {
+pub fn kv(args: &KvArgs) -> Result<(), Exit> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|error| Exit::failed("cannot start the async runtime", error));
-    match runtime.and_then(|runtime| runtime.block_on(answer(args))) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(exit) => {
-            let _ = writeln!(std::io::stderr(), "error: {exit}");
-            exit.code()
-        }
-    }
+        .map_err(|error| Exit::failed("cannot start the async runtime", error))?;
+    runtime.block_on(answer(args))
 }
 
 async fn answer(args: &KvArgs) -> Result<(), Exit> {

@@ -14,6 +14,7 @@ mod faults;
 mod gpu;
 mod hangs;
 mod helpers;
+mod init;
 mod interrupted;
 mod kills;
 mod leaving;
