@@ -152,6 +152,14 @@ impl Engine {
         self.guarded(|pools| pools.incarnation_gone(&reaped));
     }
 
+    /// Whether a process of this incarnation, or of one before it, is connected.
+    pub fn is_connected(&self, node: &NodeId, incarnation: u64) -> bool {
+        let sessions = self.stats().sessions;
+        sessions
+            .iter()
+            .any(|session| session.node == *node && session.incarnation <= incarnation)
+    }
+
     /// Changes the store for a caller of another part: a fault in here must not reach it.
     fn guarded<T>(&self, change: impl FnOnce(&mut Pools) -> T) -> Option<T> {
         let shared = AssertUnwindSafe(&self.shared);

@@ -11,6 +11,7 @@
 //!
 //! - [`state`](self) (drawn in `state.rs`): what happens next, as a pure function.
 //! - `liveness.rs`: whether a node still works, out of its figures and one token now and then.
+//! - `gate.rs`: what must be free again before the next incarnation is spawned.
 //! - `guard.rs`: the process that promises that nothing of a node is left, whoever dies.
 //! - `sweep.rs`: does the same if the guard itself was killed.
 //! - `canary.rs`: before a node that shares KV is ready, and after each of its restarts, a prompt
@@ -32,6 +33,7 @@
 mod backoff;
 mod canary;
 mod child;
+mod gate;
 mod guard;
 mod liveness;
 mod logs;
@@ -59,6 +61,7 @@ use crate::plan::{NodePlan, SupervisorPlan};
 use crate::shutdown::Shutdown;
 use crate::topology::Secrets;
 
+pub use gate::StoreSessions;
 pub use guard::{GuardArgs, guard_main};
 pub use logs::LogSink;
 
@@ -98,6 +101,8 @@ pub struct SupervisorDeps {
     pub console: Arc<dyn LogSink>,
     /// What the nodes' logs must not show.
     pub secrets: Secrets,
+    /// `None`: there is no store.
+    pub store: Option<Arc<dyn StoreSessions>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -137,6 +142,7 @@ pub async fn run(deps: SupervisorDeps, shutdown: Shutdown) -> Result<(), Supervi
         guard_program: deps.guard_program,
         console: deps.console,
         secrets: deps.secrets,
+        store: deps.store,
     });
     let mut actors = Actors::new(deps.fleet.clone());
     let mut verdicts = BTreeMap::new();

@@ -10,6 +10,7 @@ mod supervise_common;
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -323,8 +324,13 @@ fn shm_is_cleaned(flags: &[&str]) -> bool {
     guard.spawned();
     eventually("the file is mapped", || ready.exists());
     let shared = Path::new(&path).exists();
+    if flags.is_empty() {
+        // For whoever outlives the guard.
+        let inode = std::fs::metadata(&path).unwrap().ino();
+        assert_eq!(guard.line(), format!("shm {inode} {path}"));
+    }
     guard.send("kill\n");
-    guard.line();
+    assert!(guard.line().ends_with("signal 9"));
     guard.assert_gone();
     assert!(!Path::new(&path).exists());
     shared

@@ -9,6 +9,8 @@
 mod supervise_common;
 
 use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -67,6 +69,10 @@ impl Supervised {
     }
 
     fn start_at(mode: &str, plan: SupervisorPlan, addr: SocketAddr) -> Self {
+        Self::start_under(mode, plan, addr, env!("CARGO_BIN_EXE_pegaflow").as_ref())
+    }
+
+    fn start_under(mode: &str, plan: SupervisorPlan, addr: SocketAddr, guard: &Path) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let marker = marker();
         let script = concat!(
@@ -103,9 +109,10 @@ impl Supervised {
             board: HandoffBoard::default(),
             log_dir: dir.path().join("logs"),
             run_dir: dir.path().to_owned(),
-            guard_program: env!("CARGO_BIN_EXE_pegaflow").into(),
+            guard_program: guard.to_owned(),
             console: Arc::new(Quiet),
             secrets: Secrets::default(),
+            store: None,
         };
         let task = tokio::spawn(supervise::run(deps, shutdown.clone()));
         Self {
@@ -203,6 +210,29 @@ async fn a_killed_guard_leaves_nothing_and_the_node_returns() {
     assert_eq!(after.len(), 4);
     assert!(before.iter().all(|pid| !after.contains(pid)));
     up.stop().await;
+}
+
+/// As in a container that may not make mount namespaces.
+#[tokio::test]
+async fn a_killed_guard_leaves_no_shared_memory_where_the_tree_has_no_dev_shm_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let guard = dir.path().join("guard");
+    let text = "#!/bin/bash\nargs=(\"$@\")\nexec PEGAFLOW \"${args[@]/--private-shm/--cpus=0}\"\n";
+    let text = text.replace("PEGAFLOW", env!("CARGO_BIN_EXE_pegaflow"));
+    std::fs::write(&guard, text).unwrap();
+    std::fs::set_permissions(&guard, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let up = Supervised::start_under("shm", quick(), free_addr(), &guard);
+    let first = up.ready(1).await;
+    let [old, new] =
+        [1, 2].map(|life| PathBuf::from(format!("/dev/shm/pegaflow-{}-{life}", up.marker)));
+    assert!(old.exists());
+    // A guard looks once a second.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    kill(up.guard_of(&first), Signal::SIGKILL).unwrap();
+    up.ready(2).await;
+    assert!(new.exists() && !old.exists());
+    up.stop().await;
+    assert!(!new.exists());
 }
 
 #[tokio::test]

@@ -33,7 +33,7 @@ use crate::observe::Console;
 use crate::plan::{Device, Plan};
 use crate::router::{self, RouterDeps, RouterMetrics};
 use crate::shutdown::Shutdown;
-use crate::supervise::{self, CanaryPlan, LogSink, SupervisorDeps};
+use crate::supervise::{self, CanaryPlan, LogSink, StoreSessions, SupervisorDeps};
 
 /// How long the engine's thread may take to end once its sessions are gone.
 const ENGINE_STOP: Duration = Duration::from_secs(5);
@@ -122,6 +122,7 @@ async fn serve(
         guard_program: guard_program()?,
         console: Arc::new(NodeLines(cx.console.clone())),
         secrets: plan.secrets.clone(),
+        store: engine.clone().map(|engine| Arc::new(Sessions(engine)) as _),
     };
     let router = RouterDeps {
         plan: plan.router.clone(),
@@ -287,6 +288,15 @@ struct NodeLines(Console);
 impl LogSink for NodeLines {
     fn line(&self, node: &NodeId, line: &str) {
         self.0.node_line(node.as_str(), line);
+    }
+}
+
+/// The store's sessions, for who wants to start a node's next life.
+struct Sessions(Arc<Engine>);
+
+impl StoreSessions for Sessions {
+    fn is_closed(&self, node: &NodeId, incarnation: u64) -> bool {
+        !self.0.is_connected(node, incarnation)
     }
 }
 

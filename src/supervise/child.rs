@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -17,6 +16,8 @@ use super::sweep::{self, KnownGuard};
 
 /// A guard says little; more than this is not a guard.
 const MAX_STATUS: usize = 64 * 1024;
+/// Files in /dev/shm that are remembered of one tree; vLLM has some dozens.
+const MAX_SHM: usize = 4096;
 const SEND_LIMIT: Duration = Duration::from_secs(1);
 /// From `empty` to the guard's own exit.
 const EXIT_LIMIT: Duration = Duration::from_secs(5);
@@ -38,6 +39,8 @@ pub enum Status {
     Spawned(u32),
     SpawnFailed(String),
     Exited(Exit),
+    /// A file in /dev/shm that the tree has made, and its inode.
+    Shm(PathBuf, u64),
     /// Every process of the tree is reaped.
     Empty,
     /// The guard is gone without having said so.
@@ -51,6 +54,7 @@ pub struct Incarnation {
     socket: UnixStream,
     input: Vec<u8>,
     log: LogPump,
+    shm: BTreeMap<PathBuf, u64>,
 }
 
 impl Incarnation {
@@ -82,6 +86,7 @@ impl Incarnation {
             socket,
             input: Vec::new(),
             log,
+            shm: BTreeMap::new(),
         })
     }
 
@@ -90,6 +95,10 @@ impl Incarnation {
         loop {
             while let Some(line) = take_line(&mut self.input) {
                 match parse(&line) {
+                    Some(Status::Shm(path, inode)) if self.shm.len() < MAX_SHM => {
+                        self.shm.insert(path, inode);
+                    }
+                    Some(Status::Shm(..)) => {}
                     Some(status) => return status,
                     None => tracing::warn!("a guard said {line:?}"),
                 }
@@ -118,6 +127,11 @@ impl Incarnation {
     /// The last resort against a guard that does not react; its leader dies with it.
     pub fn kill_guard(&mut self) {
         let _ = self.guard.start_kill();
+    }
+
+    /// What a killed guard can no longer remove.
+    pub fn take_shm(&mut self) -> BTreeMap<PathBuf, u64> {
+        std::mem::take(&mut self.shm)
     }
 
     pub fn log_bytes(&self) -> u64 {
@@ -165,6 +179,10 @@ fn parse(line: &str) -> Option<Status> {
     let (word, rest) = line.split_once(' ')?;
     match word {
         "spawned" => Some(Status::Spawned(rest.parse().ok()?)),
+        "shm" => {
+            let (inode, path) = rest.split_once(' ')?;
+            Some(Status::Shm(path.into(), inode.parse().ok()?))
+        }
         "failed" => Some(Status::SpawnFailed(rest.to_owned())),
         "exited" => {
             let mut words = rest.split(' ').skip(1);
@@ -184,11 +202,6 @@ pub fn log_path(dir: &Path, node: &crate::fleet::NodeId) -> PathBuf {
     dir.join(format!("{node}.log"))
 }
 
-/// Whether a server could listen there now.
-pub fn port_is_free(addr: SocketAddr) -> bool {
-    std::net::TcpListener::bind(addr).is_ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -206,6 +219,10 @@ mod tests {
         );
         assert_eq!(parse("empty"), Some(Status::Empty));
         assert_eq!(
+            parse("shm 7 /dev/shm/a b"),
+            Some(Status::Shm("/dev/shm/a b".into(), 7))
+        );
+        assert_eq!(
             parse("failed No such file"),
             Some(Status::SpawnFailed("No such file".into()))
         );
@@ -215,6 +232,7 @@ mod tests {
             "exited 1 code",
             "exited 1 shot 2",
             "spawned x",
+            "shm x /dev/shm/a",
         ] {
             assert_eq!(parse(line), None, "{line}");
         }

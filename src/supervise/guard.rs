@@ -14,12 +14,13 @@
 //!
 //! Standard input is one end of a socket pair. Lines in: `stop <grace ms>`, `kill`; end of file
 //! means that pegaflow is dead, which stops the node and removes the run directory.
-//! Lines out: `spawned <pid>`, `failed <why>`, `exited <pid> code|signal <n>`, `empty`. Standard output and
-//! error are the node's log.
+//! Lines out: `spawned <pid>`, `failed <why>`, `exited <pid> code|signal <n>`, `shm <inode> <path>` (a file of
+//! the tree's in /dev/shm, for whoever outlives the guard), `empty`. Standard output and error are the
+//! node's log.
 
 mod cleanup;
 pub(super) mod processes;
-mod shm;
+pub(super) mod shm;
 
 use std::ffi::OsString;
 use std::io::{self, ErrorKind, Read, Write};
@@ -236,13 +237,20 @@ impl Guard {
                 _ if self.shm.wants_notes() => processes::descendants(getpid()),
                 _ => continue,
             };
-            self.shm.note(&tree);
+            self.note(&tree);
             if matches!(self.mode, Mode::Killing) {
                 for pid in tree {
                     // Gone already: the next round will not see it.
                     let _ = kill(pid, Signal::SIGKILL);
                 }
             }
+        }
+    }
+
+    fn note(&mut self, tree: &[Pid]) {
+        for (path, inode) in self.shm.note(tree) {
+            let path = path.display();
+            report(&self.control, &format!("shm {inode} {path}"));
         }
     }
 
@@ -312,6 +320,9 @@ impl Guard {
     fn stop(&mut self, grace: Duration) {
         if self.leader_alive && !self.termed {
             self.termed = true;
+            if self.shm.wants_notes() {
+                self.note(&processes::descendants(getpid()));
+            }
             let _ = kill(self.leader, Signal::SIGTERM);
         }
         let wanted = Instant::now() + grace;

@@ -17,11 +17,13 @@ use crate::plan::{NodePlan, SupervisorPlan};
 use crate::shutdown::Shutdown;
 use crate::topology::Secrets;
 
-use super::child::{Incarnation, SpawnSpec, Status, log_path, port_is_free};
+use super::child::{Incarnation, SpawnSpec, Status, log_path};
+use super::gate::{Baseline, Gate, Look, StoreSessions};
+use super::guard::shm;
 use super::logs::{LogSink, LogTarget};
 use super::obituary::{self, Exit};
 use super::probe::NodeClient;
-use super::state::{Action, Event, Machine, PortState};
+use super::state::{Action, Event, Machine};
 use super::sweep;
 
 mod publish;
@@ -45,6 +47,7 @@ pub struct Shared {
     pub guard_program: PathBuf,
     pub console: Arc<dyn LogSink>,
     pub secrets: Secrets,
+    pub store: Option<Arc<dyn StoreSessions>>,
 }
 
 /// What the canary found, for the incarnation it looked at.
@@ -79,6 +82,10 @@ pub struct NodeActor {
     reaped: u64,
     pid: Option<u32>,
     log_bytes: u64,
+    /// The use of its GPUs, before the last spawn and at the last look.
+    baseline: Option<Baseline>,
+    looked: Option<Look>,
+    looks: JoinSet<Look>,
     /// HTTP calls to the incarnation; aborted with it.
     calls: JoinSet<Event>,
     /// Ends with the last lines of the log, once no process is left.
@@ -101,6 +108,9 @@ impl NodeActor {
             reaped: 0,
             pid: None,
             log_bytes: 0,
+            baseline: None,
+            looked: None,
+            looks: JoinSet::new(),
             calls: JoinSet::new(),
             burial: JoinSet::new(),
             queue: VecDeque::new(),
@@ -140,6 +150,7 @@ impl NodeActor {
                 status = next_status(&mut self.life) => self.reported(status),
                 Some(verdict) = self.verdicts.recv() => self.judged(verdict),
                 Some(call) = self.calls.join_next() => call.ok(),
+                Some(Ok(look)) = self.looks.join_next() => Some(self.looked(look)),
                 Some(tail) = self.burial.join_next() => Some(self.buried(tail.unwrap_or_default())),
                 () = sleep_until(self.machine.deadline()) => Some(self.clock()),
             };
@@ -161,6 +172,8 @@ impl NodeActor {
                 Some(Event::SpawnFailed(format!("cannot run {program}: {why}")))
             }
             Status::Exited(exit) => Some(self.exited(exit)),
+            // `next` keeps them.
+            Status::Shm(..) => None,
             Status::Empty => {
                 if let Some(life) = self.life.take() {
                     self.burial.spawn(life.finish());
@@ -172,10 +185,12 @@ impl NodeActor {
                     life.kill_guard();
                     let node = self.plan.id.clone();
                     self.burial.spawn(async move {
+                        let shm = life.take_shm();
                         let tail = life.finish().await;
                         while !sweep::sweep(SWEEP_LIMIT).await {
                             tracing::error!("node {node}: processes survive being killed");
                         }
+                        shm::remove(shm);
                         tail
                     });
                 }
@@ -223,13 +238,7 @@ impl NodeActor {
     async fn act(&mut self, action: Action) {
         let addr = self.plan.addr;
         match action {
-            Action::CheckPort => {
-                let port = match port_is_free(addr) {
-                    true => PortState::Free,
-                    false => PortState::Taken,
-                };
-                self.queue.push_back(Event::Port(port));
-            }
+            Action::CheckGate => self.look(),
             Action::Spawn => self.spawn(),
             Action::Probe => {
                 let client = self.shared.client.clone();
@@ -275,7 +284,44 @@ impl NodeActor {
         }
     }
 
+    fn look(&mut self) {
+        let gate = Gate {
+            node: self.plan.id.clone(),
+            addr: self.plan.addr,
+            gpus: self.plan.gpus.clone(),
+            incarnation: self.incarnation,
+            baseline: self.baseline.clone(),
+            store: self.shared.store.clone(),
+        };
+        self.looks.abort_all();
+        self.looks = JoinSet::new();
+        if gate.is_slow() {
+            self.looks.spawn(gate.look_in_time());
+        } else {
+            let event = self.looked(gate.look());
+            self.queue.push_back(event);
+        }
+    }
+
+    fn looked(&mut self, look: Look) -> Event {
+        let obstacle = look.obstacle.clone();
+        let told = self
+            .looked
+            .as_ref()
+            .is_some_and(|last| last.obstacle.is_some());
+        if let (Some(what), false) = (&obstacle, told) {
+            tracing::info!(node = %self.plan.id, "waits before its start: {what}");
+        }
+        self.looked = Some(look);
+        Event::Gate(obstacle)
+    }
+
     fn spawn(&mut self) {
+        let look = self.looked.take();
+        if let Some(what) = look.as_ref().and_then(|look| look.obstacle.as_ref()) {
+            tracing::warn!(node = %self.plan.id, "is started although {what}");
+        }
+        self.baseline = look.map(|look| look.baseline);
         self.calls.abort_all();
         self.calls = JoinSet::new();
         self.exit = None;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!            port taken for too long ──────────────┐
-//! Waiting ─▶ Port ── free: Spawn ─▶ Starting ─▶ WarmingUp ─▶ Verifying ─▶ Ready ◀─▶ Unreachable
+//! Waiting ─▶ Gate ── open: Spawn ─▶ Starting ─▶ WarmingUp ─▶ Verifying ─▶ Ready ◀─▶ Unreachable
 //!    ▲                                 │            │      (kv nodes) │     │             │
 //!    │                                 └────────────┴── death ────────┴─────┴─────────────┘
 //!    │                                                    ▼
@@ -12,7 +12,7 @@
 //! A death is decided on when it is seen (exit, 503, a hang as `liveness.rs` judges it, a deadline,
 //! refused by the KV canary):
 //! the node leaves `Ready` in that step. Its tree is another matter: until `Reaped`, nothing is
-//! spawned. `Ending` escalates by itself: stop, kill, and at last killing the guard.
+//! spawned; nor while the gate (`gate.rs`) is shut, which it is for a bounded time. `Ending` escalates by itself: stop, kill, and at last killing the guard.
 //! A person's stop wins over everything and ends in `Over(Stopped)`.
 
 use std::time::{Duration, Instant};
@@ -27,11 +27,11 @@ mod ending;
 mod event;
 mod gate;
 mod signs;
-pub use event::{Action, Event, Mendable, Obituary, PortState, Probe, Warmth};
+pub use event::{Action, Event, Mendable, Obituary, Probe, Warmth};
 
-/// How long a port may stay taken before that counts as a death.
-const PORT_PATIENCE: Duration = Duration::from_secs(10);
-const PORT_RETRY: Duration = Duration::from_millis(200);
+const GATE_RETRY: Duration = Duration::from_millis(200);
+/// A look that is not answered by then is lost.
+const GATE_LOOK: Duration = Duration::from_secs(20);
 /// The first request compiles kernels.
 const WARM_UP_LIMIT: Duration = Duration::from_secs(300);
 const WARM_UP_RETRY: Duration = Duration::from_secs(1);
@@ -45,14 +45,33 @@ const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    Waiting { until: Instant },
-    Port { by: Instant, next: Instant },
-    Starting { since: Instant, by: Instant },
-    WarmingUp { by: Instant, next: Next },
+    Waiting {
+        until: Instant,
+    },
+    /// `at`: when to look, once more.
+    Gate {
+        since: Instant,
+        at: Instant,
+    },
+    Starting {
+        since: Instant,
+        by: Instant,
+    },
+    WarmingUp {
+        by: Instant,
+        next: Next,
+    },
     Verifying,
-    Ready { since: Instant },
-    Unreachable { since: Instant },
-    Ending { then: Then, by: Instant },
+    Ready {
+        since: Instant,
+    },
+    Unreachable {
+        since: Instant,
+    },
+    Ending {
+        then: Then,
+        by: Instant,
+    },
     Over(End),
 }
 
@@ -103,7 +122,7 @@ pub struct Machine {
     once_healthy: bool,
     trust: KvTrust,
     reason: Option<String>,
-    /// Why the warm-up goes on.
+    /// Why the gate is shut, or the warm-up goes on.
     trouble: Option<String>,
 }
 
@@ -131,7 +150,7 @@ impl Machine {
 
     pub fn phase(&self) -> Phase {
         match self.state {
-            State::Waiting { .. } | State::Port { .. } => match self.delay {
+            State::Waiting { .. } | State::Gate { .. } => match self.delay {
                 Some(delay) => Phase::Backoff { delay },
                 None => Phase::Pending,
             },
@@ -170,7 +189,7 @@ impl Machine {
     pub fn deadline(&self) -> Option<Instant> {
         let own = match self.state {
             State::Waiting { until } => Some(until),
-            State::Port { by, next } => Some(by.min(next)),
+            State::Gate { at, .. } => Some(at),
             State::Starting { by, .. } | State::Ending { by, .. } => Some(by),
             State::WarmingUp { by, next } => Some(match next {
                 Next::At(at) => by.min(at),
@@ -192,7 +211,7 @@ impl Machine {
             Event::Stop => self.stop(now),
             Event::Force => self.force_stop(now),
             Event::Tick => self.tick(now),
-            Event::Port(state) => self.port(state, now),
+            Event::Gate(obstacle) => self.looked(obstacle, now),
             Event::SpawnFailed(why) => self.spawn_failed(why, now),
             Event::LogGrew => {
                 self.log_grew(now);
@@ -239,19 +258,9 @@ impl Machine {
     fn tick(&mut self, now: Instant) -> Vec<Action> {
         match self.state {
             State::Waiting { until } if now >= until => {
-                self.state = State::Port {
-                    by: now + PORT_PATIENCE,
-                    next: now + PORT_RETRY,
-                };
-                return vec![Action::CheckPort];
+                return self.look(now, now);
             }
-            State::Port { next, by } if now >= next.min(by) => {
-                self.state = State::Port {
-                    by,
-                    next: now + PORT_RETRY,
-                };
-                return vec![Action::CheckPort];
-            }
+            State::Gate { since, at } if now >= at => return self.look(since, now),
             State::Starting { by, since } if now >= by => {
                 let waited = humantime::format_duration(whole_seconds(now - since));
                 return self.kill(format!("not ready after {waited}"), now);

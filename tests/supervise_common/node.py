@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -20,6 +21,10 @@ if MODE == "crash":
     sys.exit(1)
 if MODE == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if MODE == "shm":
+    fd = os.open(f"/dev/shm/pegaflow-{MARKER}-{os.environ['PEGAFLOW_INCARNATION']}", os.O_CREAT | os.O_RDWR)
+    os.ftruncate(fd, 4096)
+    kept = mmap.mmap(fd, 4096)
 # Two that hold the log's pipe, one of them out of reach of the process group.
 subprocess.Popen(SLEEP)
 subprocess.Popen(SLEEP, start_new_session=True)

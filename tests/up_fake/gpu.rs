@@ -169,9 +169,7 @@ async fn up_right_after_a_kill_waits_for_the_old_nodes_memory() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn memory_that_leftovers_never_free_is_refused_after_a_while() {
-    let mut dead = std::process::Command::new("true").spawn().unwrap();
-    dead.wait().unwrap();
-    let site = gpu_site(Library::Scripted(&busy_gpus(&[dead.id()])));
+    let site = gpu_site(Library::Scripted(&busy_gpus(&[dead_pid()])));
     let started = Instant::now();
     let mut up = site.up();
     let status = up.wait(Duration::from_secs(20)).await;
@@ -197,4 +195,74 @@ async fn memory_that_somebody_else_uses_is_refused_at_once() {
         up.output()
     );
     site.assert_nothing_left(GONE_LIMIT).await;
+}
+
+/// A pid that nobody has.
+fn dead_pid() -> u32 {
+    let mut dead = std::process::Command::new("true").spawn().unwrap();
+    dead.wait().unwrap();
+    dead.id()
+}
+
+async fn returns(up: &Pegaflow<'_>, node: &str) {
+    let back = |view: &Value| is_proven(view) && view["restarts"].as_u64() == Some(1);
+    up.wait_for_node(node, back).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_is_not_started_again_before_its_gpu_memory_is_free() {
+    let site = gpu_site(Library::Scripted(&free_gpus()));
+    let up = site.up_ready().await;
+    set_gpus(&site, &busy_gpus(&[dead_pid()]));
+    send(leader(&up, "decode").await, Signal::SIGKILL);
+    let waits = |view: &Value| {
+        let reason = view["reason"].as_str().unwrap_or_default();
+        reason.contains("waits before its start") && reason.contains("GiB of GPU ")
+    };
+    up.wait_for_node("decode", waits).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let view = up.node("decode").await;
+    assert_eq!(
+        (&view["phase"], &view["restarts"]),
+        (&"backoff".into(), &0.into())
+    );
+    set_gpus(&site, &free_gpus());
+    returns(&up, "decode").await;
+    assert!(
+        !up.output().contains("is started although"),
+        "{}",
+        up.output()
+    );
+    up.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_never_comes_free_delays_a_restart_for_some_seconds_only() {
+    let site = gpu_site(Library::Scripted(&free_gpus()));
+    let up = site.up_ready().await;
+    set_gpus(&site, &busy_gpus(&[dead_pid()]));
+    let killed = Instant::now();
+    send(leader(&up, "decode").await, Signal::SIGKILL);
+    returns(&up, "decode").await;
+    assert!(
+        killed.elapsed() >= Duration::from_secs(15),
+        "it did not wait"
+    );
+    assert!(up.output().contains("is started although"));
+    up.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stranger_that_came_since_does_not_delay_a_restart() {
+    let site = gpu_site(Library::Scripted(&free_gpus()));
+    let up = site.up_ready().await;
+    set_gpus(&site, &busy_gpus(&[std::process::id()]));
+    send(leader(&up, "decode").await, Signal::SIGKILL);
+    returns(&up, "decode").await;
+    assert!(
+        !up.output().contains("waits before its start"),
+        "{}",
+        up.output()
+    );
+    up.stop().await;
 }

@@ -26,6 +26,11 @@ pub fn all() -> Vec<Process> {
         .collect()
 }
 
+/// Neither gone nor a zombie.
+pub fn is_alive(pid: i32) -> bool {
+    read(pid).is_some_and(|process| !process.zombie)
+}
+
 fn read(pid: i32) -> Option<Process> {
     let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
     parse(pid, &String::from_utf8_lossy(&stat))

@@ -56,33 +56,46 @@ impl Shm {
         matches!(self, Self::Noted(_))
     }
 
-    pub fn note(&mut self, tree: &[Pid]) {
-        let Self::Noted(notes) = self else { return };
+    /// What the tree has come to map since the last call.
+    pub fn note(&mut self, tree: &[Pid]) -> Vec<(PathBuf, u64)> {
+        let Self::Noted(notes) = self else {
+            return vec![];
+        };
+        let mut new = vec![];
         for (path, inode) in tree.iter().flat_map(|pid| mapped_by(*pid)) {
-            if !notes.before.contains(&inode) {
-                notes.owned.insert(path, inode);
+            if !notes.before.contains(&inode)
+                && notes.owned.insert(path.clone(), inode) != Some(inode)
+            {
+                new.push((path, inode));
             }
         }
+        new
     }
 
     /// Call when the tree is empty. Files that somebody else maps by now stay.
     pub fn remove_owned(&mut self) {
-        let Self::Noted(notes) = self else { return };
-        if notes.owned.is_empty() {
-            return;
+        if let Self::Noted(notes) = self {
+            remove(std::mem::take(&mut notes.owned));
         }
-        let in_use: BTreeSet<u64> = processes::all()
-            .iter()
-            .flat_map(|process| mapped_by(process.pid))
-            .map(|(_, inode)| inode)
-            .collect();
-        for (path, inode) in std::mem::take(&mut notes.owned) {
-            let ours = fs::symlink_metadata(&path).is_ok_and(|file| {
-                file.is_file() && file.ino() == inode && file.uid() == geteuid().as_raw()
-            });
-            if ours && !in_use.contains(&inode) {
-                let _ = fs::remove_file(&path);
-            }
+    }
+}
+
+/// Removes files of a dead tree, unless somebody else maps them by now.
+pub fn remove(owned: BTreeMap<PathBuf, u64>) {
+    if owned.is_empty() {
+        return;
+    }
+    let in_use: BTreeSet<u64> = processes::all()
+        .iter()
+        .flat_map(|process| mapped_by(process.pid))
+        .map(|(_, inode)| inode)
+        .collect();
+    for (path, inode) in owned {
+        let ours = fs::symlink_metadata(&path).is_ok_and(|file| {
+            file.is_file() && file.ino() == inode && file.uid() == geteuid().as_raw()
+        });
+        if ours && !in_use.contains(&inode) {
+            let _ = fs::remove_file(&path);
         }
     }
 }

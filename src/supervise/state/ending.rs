@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::fleet::KvTrust;
+use crate::fleet::{KvTrust, Role};
 
 use super::super::backoff::Verdict;
 use super::{
@@ -11,7 +11,7 @@ use super::{
 
 impl Machine {
     pub(super) fn refused(&mut self, why: String, now: Instant) -> Vec<Action> {
-        if !self.is_warm() {
+        if !self.is_warm() || self.role == Role::Unified {
             return vec![];
         }
         self.trust = KvTrust::Refused(why.clone());
@@ -123,7 +123,7 @@ impl Machine {
 
     pub(super) fn stop(&mut self, now: Instant) -> Vec<Action> {
         match self.state {
-            State::Waiting { .. } | State::Port { .. } | State::Over(_) => {
+            State::Waiting { .. } | State::Gate { .. } | State::Over(_) => {
                 self.state = State::Over(End::Stopped);
                 vec![]
             }

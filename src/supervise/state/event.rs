@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::super::gate::Obstacle;
 use super::super::liveness::{Ask, Canary, Pulse};
 
 /// What the actor tells the machine.
@@ -9,7 +10,8 @@ use super::super::liveness::{Ask, Canary, Pulse};
 pub enum Event {
     /// The moment of `Machine::deadline` has come.
     Tick,
-    Port(PortState),
+    /// What is in the way of a spawn.
+    Gate(Option<Obstacle>),
     /// The guard could not be started, or could not execute the leader.
     SpawnFailed(String),
     LogGrew,
@@ -29,12 +31,6 @@ pub enum Event {
     Reaped(Option<Obituary>),
     Stop,
     Force,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PortState {
-    Free,
-    Taken,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,7 +67,7 @@ pub enum Mendable {
 /// What the machine asks of the actor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
-    CheckPort,
+    CheckGate,
     Spawn,
     Probe,
     /// Read the node's figures.

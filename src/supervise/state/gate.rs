@@ -2,32 +2,51 @@
 
 use std::time::Instant;
 
-use super::{Action, Force, Machine, Next, PortState, State, fresh_trust};
+use super::super::gate::Obstacle;
+use super::{Action, Force, GATE_LOOK, GATE_RETRY, Machine, Next, State, fresh_trust};
 
 impl Machine {
-    pub(super) fn port(&mut self, port: PortState, now: Instant) -> Vec<Action> {
-        let State::Port { by, .. } = self.state else {
+    pub(super) fn look(&mut self, since: Instant, now: Instant) -> Vec<Action> {
+        let at = now + GATE_LOOK;
+        self.state = State::Gate { since, at };
+        vec![Action::CheckGate]
+    }
+
+    pub(super) fn looked(&mut self, obstacle: Option<Obstacle>, now: Instant) -> Vec<Action> {
+        let State::Gate { since, .. } = self.state else {
             return vec![];
         };
-        if port == PortState::Free {
-            if self.spawned {
-                self.restarts = self.restarts.saturating_add(1);
-            }
-            self.spawned = true;
-            self.trust = fresh_trust(self.role);
-            self.force = Force::None;
-            self.probe = Next::At(now + self.plan.health_interval);
-            self.state = State::Starting {
-                since: now,
-                by: now + self.plan.start_timeout,
-            };
-            return vec![Action::Spawn];
+        let Some(obstacle) = obstacle else {
+            return self.spawn(now);
+        };
+        if now < since + obstacle.patience() {
+            self.trouble = Some(format!("waits before its start: {obstacle}"));
+            let at = now + GATE_RETRY;
+            self.state = State::Gate { since, at };
+            return vec![];
         }
-        if now >= by {
-            let why = "another process holds the node's port; stop it or choose another port";
-            self.die(why.to_owned(), now);
+        if obstacle.is_fatal() {
+            self.die(obstacle.to_string(), now);
             self.reaped(None, now);
+            return vec![];
         }
-        vec![]
+        // Whoever has it may never let go; the node may do with what is left.
+        self.spawn(now)
+    }
+
+    fn spawn(&mut self, now: Instant) -> Vec<Action> {
+        if self.spawned {
+            self.restarts = self.restarts.saturating_add(1);
+        }
+        self.spawned = true;
+        self.trouble = None;
+        self.trust = fresh_trust(self.role);
+        self.force = Force::None;
+        self.probe = Next::At(now + self.plan.health_interval);
+        self.state = State::Starting {
+            since: now,
+            by: now + self.plan.start_timeout,
+        };
+        vec![Action::Spawn]
     }
 }

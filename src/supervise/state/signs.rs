@@ -115,6 +115,7 @@ impl Machine {
             return vec![];
         }
         match self.state {
+            _ if self.role == Role::Unified => {}
             State::Verifying => {
                 self.state = State::Ready { since: now };
                 self.trust = KvTrust::Proven;

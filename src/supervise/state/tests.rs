@@ -1,5 +1,6 @@
 use proptest::prelude::*;
 
+use super::super::gate::Obstacle;
 use super::super::liveness::Canary;
 use super::super::testing::plan;
 use super::*;
@@ -11,9 +12,13 @@ fn machine(role: Role) -> (Machine, Instant) {
     (Machine::new(plan(), role, now), now)
 }
 
+fn taken() -> Event {
+    Event::Gate(Some(Obstacle::Port(1)))
+}
+
 fn start(machine: &mut Machine, now: Instant) {
-    assert_eq!(machine.step(Event::Tick, now), [Action::CheckPort]);
-    let actions = machine.step(Event::Port(PortState::Free), now);
+    assert_eq!(machine.step(Event::Tick, now), [Action::CheckGate]);
+    let actions = machine.step(Event::Gate(None), now);
     assert_eq!(actions, [Action::Spawn]);
 }
 
@@ -228,16 +233,17 @@ fn a_stop_escalates_to_the_guard_and_then_gives_up() {
 fn a_stolen_port_is_waited_for_and_then_counts_as_a_death() {
     let (mut node, mut now) = machine(Role::Unified);
     let mut checks = 0;
-    while node.reason().is_none() {
+    while !matches!(node.phase(), Phase::Backoff { .. }) {
         for action in node.step(Event::Tick, now) {
-            assert_eq!(action, Action::CheckPort);
+            assert_eq!(action, Action::CheckGate);
             checks += 1;
-            node.step(Event::Port(PortState::Taken), now);
+            node.step(taken(), now);
         }
         now = node.deadline().unwrap().max(now);
         assert!(checks < 1000);
     }
     assert!(checks > 10);
+    assert!(node.reason().unwrap().contains("port 1"));
     assert_eq!(
         node.phase(),
         Phase::Backoff {
@@ -246,11 +252,34 @@ fn a_stolen_port_is_waited_for_and_then_counts_as_a_death() {
     );
 }
 
+#[test]
+fn what_a_stranger_keeps_of_a_gpu_delays_a_start_but_not_for_ever() {
+    let (mut node, start) = machine(Role::Unified);
+    let taken = Obstacle::Gpu {
+        index: 3,
+        excess: 5 << 30,
+    };
+    let mut now = start;
+    loop {
+        let actions = node.step(Event::Tick, now);
+        assert_eq!(actions, [Action::CheckGate]);
+        if node.step(Event::Gate(Some(taken.clone())), now) == [Action::Spawn] {
+            break;
+        }
+        assert!(node.reason().unwrap().contains("5.0 GiB of GPU 3"));
+        now = node.deadline().unwrap();
+    }
+    assert_eq!(now, start + taken.patience());
+    assert_eq!((node.phase(), node.reason()), (Phase::Starting, None));
+}
+
 fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
         6 => Just(Event::Tick),
-        4 => Just(Event::Port(PortState::Free)),
-        1 => Just(Event::Port(PortState::Taken)),
+        4 => Just(Event::Gate(None)),
+        1 => Just(taken()),
+        1 => Just(Event::Gate(Some(Obstacle::Session))),
+        1 => Just(Event::Gate(Some(Obstacle::Gpu { index: 0, excess: 1 }))),
         1 => Just(Event::SpawnFailed("x".into())),
         1 => Just(Event::LogGrew),
         6 => Just(Event::Probe(Probe::Healthy)),
@@ -312,7 +341,7 @@ proptest! {
                     Action::Stop(_) | Action::Kill | Action::KillGuard | Action::WarmUp => {
                         prop_assert!(tree);
                     }
-                    Action::CheckPort => prop_assert!(!tree && !stopped),
+                    Action::CheckGate => prop_assert!(!tree && !stopped),
                     Action::Probe | Action::Pulse | Action::Canary => {
                         prop_assert!(tree && !exited);
                     }
@@ -335,8 +364,8 @@ proptest! {
                 Some(at) => {
                     let at = at.max(now);
                     for action in node.step(Event::Tick, at) {
-                        if action == Action::CheckPort {
-                            node.step(Event::Port(PortState::Taken), at);
+                        if action == Action::CheckGate {
+                            node.step(taken(), at);
                         }
                     }
                     prop_assert!(node.deadline().is_none_or(|next| next >= at));
