@@ -85,7 +85,14 @@ def own_arena(shape: Shape, slots: int) -> Arena:
     mapping = mmap.mmap(fd, size)
     os.close(fd)
     welcome = Welcome(
-        epoch=1, session=1, slots=slots, stride=shape.row, rank_offset=0, header_bytes=header, arena_bytes=size
+        epoch=1,
+        session=1,
+        slots=slots,
+        stride=shape.row,
+        rank_offset=0,
+        header_bytes=header,
+        arena_bytes=size,
+        checksum_offset=0,
     )
     return Arena(mapping, welcome, shape.row)
 

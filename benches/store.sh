@@ -21,6 +21,8 @@ for size in "${mib[@]}"; do
 done
 printf '\n### Copies without the native library, 128 MiB\n\n'
 PEGAFLOW_COPY=numpy "$python" benches/copy_bandwidth.py --mib 128 --rounds "$rounds"
+printf '\n### Checksums, 128 MiB a transfer\n\n'
+"$python" benches/checksums.py --rounds "$rounds"
 
 printf '\n### Calls, Rust (Criterion: low, middle, high estimate)\n\n'
 cargo bench --locked --bench store 2>/dev/null | grep -E '^(lookup|store|message)|time:' | sed 's/^ */    /'

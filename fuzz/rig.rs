@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use pegaflow::engine::client::{Client, Query};
 use pegaflow::engine::protocol::{
-    ClientMessage as M, Commit, Discard, HandoffName, Hello, KeyQuery, Loaded, Open, RequestName,
-    ServerMessage, SessionKind, SlotRef, decode, encode_frame,
+    ClientMessage as M, Commit, Damaged, Discard, HandoffName, Hello, KeyQuery, Loaded, Open,
+    RequestName, ServerMessage, SessionKind, SlotRef, VERSION, decode, encode_frame,
 };
 use pegaflow::engine::{Engine, EngineConfig};
 use pegaflow::handoff::HandoffBoard;
@@ -46,7 +46,7 @@ pub struct Rig {
 
 pub fn hello(node: &str, kind: SessionKind) -> Hello {
     Hello {
-        version: 1,
+        version: VERSION,
         token: "secret".into(),
         node: node.into(),
         incarnation: 1,
@@ -79,7 +79,10 @@ impl Rig {
             socket_path: socket.clone(),
             token: "secret".into(),
             pools: vec![PoolPlan::only(4096 + SLOTS * ROW as u64)],
-            arena: ArenaPlan::default(),
+            arena: ArenaPlan {
+                verify: true,
+                ..ArenaPlan::default()
+            },
             handoff_deadline: Duration::from_millis(200),
         };
         let board = HandoffBoard::default();
@@ -242,6 +245,7 @@ fn message(kind: SessionKind, op: u8, what: u8) -> M {
         });
         let refs = SlotRef::encode_all(refs);
         return match op & 3 {
+            0 if what & 128 == 0 => M::Damaged(Damaged { refs }),
             0 => M::Loaded(Loaded {
                 chunks: u32::from(what),
                 bytes: u64::MAX,

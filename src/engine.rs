@@ -109,6 +109,7 @@ impl Engine {
         })?;
         let common = PoolsConfig {
             token: config.token,
+            verify: config.arena.verify,
             handoff_deadline: config.handoff_deadline,
             first_epoch: epoch_now(),
         };

@@ -64,6 +64,8 @@ pub enum HandoffFailure {
     Aborted,
     #[error("a chunk could not be copied into the store")]
     SaveFailed,
+    #[error("a chunk in the store is not what was saved")]
+    Damaged,
     #[error("the prefill node did not finish before the deadline")]
     Deadline,
     #[error("nobody waits for the prompt any more")]
@@ -80,6 +82,7 @@ impl HandoffFailure {
             Self::ProducerDied => "producer_died",
             Self::Aborted => "aborted",
             Self::SaveFailed => "save_failed",
+            Self::Damaged => "damaged",
             Self::Deadline => "deadline",
             Self::Abandoned => "abandoned",
             Self::EngineDown => "engine_down",

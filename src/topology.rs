@@ -134,6 +134,8 @@ pub struct KvSettings {
     pub handoff_deadline: Duration,
     /// Decode nodes save the tokens they generate, for the next turn of a conversation.
     pub save_decoded: bool,
+    /// A checksum is kept of everything stored, and compared at every load.
+    pub verify: bool,
     /// Skips the refusal of models that are known to answer wrongly with loaded KV.
     pub allow_unproven_models: bool,
     pub canary_logprob_tolerance: f64,

@@ -11,7 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use pegaflow::engine::client::Client;
-use pegaflow::engine::protocol::{Hello, SessionKind};
+use pegaflow::engine::protocol::{Hello, SessionKind, VERSION};
 use pegaflow::engine::{Engine, EngineConfig};
 use pegaflow::handoff::HandoffBoard;
 use pegaflow::plan::{ArenaPlan, PoolPlan};
@@ -38,7 +38,7 @@ fn fixture(capacity: u64, arena: ArenaPlan) -> Fixture {
         handoff_deadline: LIMIT,
     };
     let hello = Hello {
-        version: 1,
+        version: VERSION,
         token: "secret".into(),
         node: "p".into(),
         incarnation: 1,

@@ -74,7 +74,7 @@ fn every_message_has_its_golden_bytes() {
             _ => check::<ClientMessage>(name, message, hex),
         }
     }
-    let all = "abort commit discard finish found granted hello loaded lookup open refused \
+    let all = "abort commit damaged discard finish found granted hello loaded lookup open refused \
                release seal store welcome";
     assert_eq!(
         ops.iter().map(String::as_str).collect::<Vec<_>>().join(" "),

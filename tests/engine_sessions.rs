@@ -14,7 +14,7 @@ use std::os::unix::net::UnixStream;
 
 use pegaflow::engine::client::{Client, ClientError};
 use pegaflow::engine::protocol::{
-    ClientMessage as M, Hello, KeyQuery, RefusalCode, SessionKind, encode_frame,
+    ClientMessage as M, Hello, KeyQuery, RefusalCode, SessionKind, VERSION, encode_frame,
 };
 use pegaflow::engine::{Engine, EngineError};
 use pegaflow::handoff::{HandoffBoard, HandoffFailure, HandoffOutcome};
@@ -69,7 +69,7 @@ fn refusals_name_what_is_wrong() {
     };
     let mut codes = Vec::new();
     let cases: [fn(&mut Hello); 6] = [
-        |h| h.version = 2,
+        |h| h.version = VERSION + 1,
         |h| h.token = "secreT".into(),
         |h| h.row_bytes = 0,
         |h| h.rank = 1,

@@ -336,6 +336,17 @@ fn nodes_are_told_to_save_generated_tokens_only_when_the_topology_says_so() {
 }
 
 #[test]
+fn checksums_are_kept_only_when_the_topology_says_so() {
+    let verify = |kv: &str| {
+        let plan = Plan::make(&pd("cuda", kv), &host(2), &inputs()).unwrap();
+        plan.kv.arena.verify
+    };
+    assert!(!verify(""));
+    assert!(!verify("[kv]\nverify = false\n"));
+    assert!(verify("[kv]\nverify = true\n"));
+}
+
+#[test]
 fn nothing_that_is_printed_holds_the_token() {
     let plan = Plan::make(&pd("cuda", ""), &host(2), &inputs()).unwrap();
     assert_eq!(plan.nodes[0].env["PEGAFLOW_KV_TOKEN"], "s3cret-token");

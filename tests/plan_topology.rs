@@ -118,6 +118,7 @@ numa = [1, 0]
 handoff_deadline = "7s"
 allow_unproven_models = true
 save_decoded = true
+verify = true
 canary_logprob_tolerance = 1
 [router]
 listen = "0.0.0.0:9000"
@@ -178,7 +179,7 @@ tensor_parallel = 2
     assert_eq!(topology.kv.numa, NumaRequest::Nodes(vec![1, 0]));
     assert_eq!(topology.kv.handoff_deadline, Duration::from_secs(7));
     assert!(topology.kv.allow_unproven_models);
-    assert!(topology.kv.save_decoded);
+    assert!(topology.kv.save_decoded && topology.kv.verify);
     assert_eq!(topology.kv.canary_logprob_tolerance, 1.0);
     let router = &topology.router;
     assert_eq!(router.listen, ([0, 0, 0, 0], 9000).into());

@@ -5,7 +5,7 @@ import struct
 import msgspec
 import numpy as np
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME = 16 * 1024 * 1024
 LENGTH = struct.Struct("<I")
 
@@ -47,6 +47,7 @@ class Welcome(Message, tag="welcome"):
     rank_offset: int
     header_bytes: int
     arena_bytes: int
+    checksum_offset: int
 
 
 class Refused(Message, tag="refused"):
@@ -122,10 +123,14 @@ class Loaded(Message, tag="loaded"):
     failed: int
 
 
+class Damaged(Message, tag="damaged"):
+    refs: bytes
+
+
 Answer = Welcome | Refused | Found | Granted
 """What the engine sends."""
 
-Ask = Hello | Lookup | Store | Open | Seal | Abort | Release | Finish | Commit | Discard | Loaded
+Ask = Hello | Lookup | Store | Open | Seal | Abort | Release | Finish | Commit | Discard | Loaded | Damaged
 """What this side sends."""
 
 _encoder = msgspec.msgpack.Encoder()

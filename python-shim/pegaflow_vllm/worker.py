@@ -11,7 +11,8 @@ tells the scheduler, which begins the next life.
 
 A chunk is one block of one KV group. Its row holds the pages of the group's layers one after another, so a row
 is as wide as the widest group. Copies are synchronous. A store is committed as soon as it is copied; a load
-whose slot changed owner before or during the copy, or that cannot be done at all, is reported as failed.
+whose slot changed owner before or during the copy, or that cannot be done at all, is reported as failed. So is one
+that finds another checksum than was saved (where the store keeps any); then the store is told which chunks those are.
 """
 
 import time
@@ -28,7 +29,7 @@ from pegaflow_vllm.copy import Page, load_rows, save_rows
 from pegaflow_vllm.guard import guarded, report
 from pegaflow_vllm.manager import ChunkSpec
 from pegaflow_vllm.meta import Stray
-from pegaflow_vllm.protocol import Commit, Discard, Loaded
+from pegaflow_vllm.protocol import Commit, Damaged, Discard, Loaded
 
 REMEMBERED_STORES = 65536
 
@@ -179,6 +180,7 @@ class Worker(OffloadingWorker):
         size = 0
         for group, blocks, chunk_slots in self._by_group(src_spec, slots):
             save_rows(self._layout.groups[group], blocks, arena.rows, chunk_slots)
+            arena.keep_sums(chunk_slots, self._layout.group_bytes[group])
             size += self._layout.group_bytes[group] * len(blocks)
         return size
 
@@ -190,10 +192,19 @@ class Worker(OffloadingWorker):
             report("load", "a load of %d chunks lost its lease", len(refs))
             return None
         size = 0
+        wrong = []
         for group, blocks, chunk_slots in self._by_group(dst_spec, slots):
             load_rows(self._layout.groups[group], blocks, arena.rows, chunk_slots)
+            wrong.append(arena.wrong(chunk_slots, self._layout.group_bytes[group]))
             size += self._layout.group_bytes[group] * len(blocks)
-        if not arena.current(slots, refs):
+        current = arena.current(slots, refs)
+        # Of a chunk that was overtaken meanwhile, the checksum says nothing.
+        damaged = refs[np.concatenate([*wrong, np.zeros(0, bool)]) & current]
+        if len(damaged):
+            report("damage", "%d of %d chunks are not what was saved: the arena was damaged", len(damaged), len(refs))
+            self._client.send(Damaged(refs=damaged.tobytes()))
+            return None
+        if not current.all():
             report("load", "a load of %d chunks was overtaken by new owners of its slots", len(refs))
             return None
         return size

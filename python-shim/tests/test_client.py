@@ -34,7 +34,9 @@ class Script:
         self.peer, _ = self._listener.accept()
         self.peer.settimeout(20)
         self.read()
-        welcome = Welcome(epoch=3, session=1, slots=8, stride=64, rank_offset=0, header_bytes=64, arena_bytes=576)
+        welcome = Welcome(
+            epoch=3, session=1, slots=8, stride=64, rank_offset=0, header_bytes=64, arena_bytes=576, checksum_offset=0
+        )
         self.peer.sendall(protocol.frame(welcome))
 
     def read(self) -> protocol.Message:

@@ -4,7 +4,7 @@ import pytest
 
 from node import BLOCK, PROMPT, Node, hand_off, prompt
 from pegaflow_vllm import connector as connector_module
-from pegaflow_vllm.protocol import Abort, Commit, Discard, Finish, Hello, Loaded, Lookup, Open, Seal, Store
+from pegaflow_vllm.protocol import Abort, Commit, Damaged, Discard, Finish, Hello, Loaded, Lookup, Open, Seal, Store
 
 
 def test_a_hand_off_gives_the_answer_of_a_node_without_a_store(engine, make, expected):
@@ -95,6 +95,27 @@ def test_a_failed_load_is_recomputed_and_not_tried_again(engine, make, expected)
     (loaded,) = engine.wait_for(Loaded)
     assert (loaded.chunks, loaded.failed) == (0, 5)
     assert len(engine.of(Lookup)) == lookups + 1
+
+
+def test_a_damaged_chunk_is_computed_again_and_saved_anew(engine, make, expected):
+    engine.verify = True
+    p, d = make("p0"), make("d0")
+    p.ask("p", PROMPT, handoff="h1", leg="prefill")
+    engine.wait_for(Commit)
+    space = engine.spaces[0]
+    first = min(chunk.slot for chunk in space.chunks.values())
+    space.row(first)[:64] ^= 0x10
+    before = dict(space.chunks)
+    assert d.ask("d", PROMPT, 4, handoff="h1", leg="decode") == expected(PROMPT)
+    assert d.failed == ["d"]
+    (damaged,) = engine.wait_for(Damaged)
+    gone = [key for key, chunk in before.items() if chunk.ref == damaged.refs]
+    assert len(gone) == 1
+    assert gone[0] not in space.chunks
+
+    assert hand_off(p, make("d1"), engine, PROMPT, "h2") == expected(PROMPT)
+    assert space.chunks[gone[0]].ref != damaged.refs
+    assert engine.wait_for(Loaded, 2)[1].failed == 0
 
 
 def test_a_failed_load_blames_nobody_else(engine, make, expected):

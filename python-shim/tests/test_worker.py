@@ -1,3 +1,5 @@
+import mmap
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,10 @@ from vllm.v1.kv_offload.base import (
 
 from conftest import hello
 from pegaflow_vllm import copy, protocol
+from pegaflow_vllm.arena import Arena
 from pegaflow_vllm.client import Client
 from pegaflow_vllm.manager import ChunkSpec
-from pegaflow_vllm.protocol import Commit, Discard, Loaded
+from pegaflow_vllm.protocol import Commit, Damaged, Discard, Loaded
 from pegaflow_vllm.worker import Layout, Worker
 from toy_engine import EPOCH
 
@@ -207,3 +210,110 @@ def test_a_tensor_that_is_not_bytes_is_refused():
     kv = CanonicalKVCaches([CanonicalKVCacheTensor(torch.zeros(4, 8), 32)], [[CanonicalKVCacheRef(0, 32)]])
     with pytest.raises(ValueError, match="not supported"):
         Layout(kv)
+
+
+@pytest.fixture
+def verify(engine):
+    engine.verify = True
+
+
+def damage(engine, slot: int, at: int, rank: int = 0) -> None:
+    engine.spaces[0].row(slot, rank)[at] ^= 0x10
+
+
+@pytest.mark.parametrize(("source", "slots"), SHAPES)
+def test_checksums_change_nothing_about_what_is_whole(engine, worker_over, verify, source, slots):
+    layer = random_tensor(70, 96)
+    kept = layer.clone()
+    worker = worker_over([[layer]])
+    worker.submit_store(1, blocks(source), chunks(engine, slots))
+    layer.zero_()
+    worker.submit_load(2, chunks(engine, slots), blocks(source))
+    assert torch.equal(layer[source], kept[source])
+    engine.wait_for(Loaded)
+    assert not worker.take_failures().jobs
+    assert engine.of(Damaged) == []
+
+
+@pytest.mark.parametrize("at", [0, 31, 69])
+def test_a_flipped_bit_fails_the_load_and_names_its_chunk(engine, worker_over, verify, at):
+    worker = worker_over([[random_tensor(70)]])
+    spec = chunks(engine, [4, 2, 7])
+    worker.submit_store(1, blocks([1, 2, 3]), spec)
+    engine.wait_for(Commit)
+    damage(engine, 2, at)
+    worker.submit_load(2, spec, blocks([5, 6, 8]))
+    failures = worker.take_failures()
+    assert (failures.jobs, failures.blocks) == ({2}, {5, 6, 8})
+    (loaded,) = engine.wait_for(Loaded)
+    assert (loaded.chunks, loaded.failed) == (0, 3)
+    assert engine.of(Damaged) == [Damaged(refs=spec.refs[8:16])]
+    # The others can be loaded all the same.
+    worker.submit_load(3, chunks(engine, [4, 7]), blocks([5, 8]))
+    assert not worker.take_failures().jobs
+
+
+def test_a_damaged_checksum_is_damage_too(engine, worker_over, verify):
+    worker = worker_over([[random_tensor(32)]])
+    spec = chunks(engine, [3])
+    worker.submit_store(1, blocks([1]), spec)
+    engine.wait_for(Commit)
+    worker._arena.sums[3] ^= 1
+    worker.submit_load(2, spec, blocks([5]))
+    assert engine.wait_for(Damaged) == [Damaged(refs=spec.refs)]
+
+
+def test_what_overtakes_a_load_is_no_damage(engine, worker_over, verify, monkeypatch):
+    worker = worker_over([[random_tensor(32)]])
+    spec = chunks(engine, [1, 2])
+    worker.submit_store(1, blocks([3, 4]), spec)
+    engine.wait_for(Commit)
+    real = worker._by_group
+
+    def overtaken(*args):
+        engine.spaces[0].generations[1] = 2
+        damage(engine, 1, 5)
+        return real(*args)
+
+    monkeypatch.setattr(worker, "_by_group", overtaken)
+    worker.submit_load(2, spec, blocks([5, 6]))
+    assert worker.take_failures().jobs == {2}
+    engine.wait_for(Loaded)
+    assert engine.of(Damaged) == []
+
+
+def test_every_rank_sums_its_own_part_and_every_group_what_it_uses(engine, worker_over, verify):
+    wide, narrow = random_tensor(40, seed=1), random_tensor(24, seed=2)
+    ranks = [worker_over([[wide], [narrow]], rank, 2) for rank in (0, 1)]
+    spec = chunks(engine, [6, 3])
+    for rank in ranks:
+        rank.submit_store(1, blocks([4], [5]), spec)
+    engine.wait_for(Commit, 2)
+    # Behind the narrow group's pages nothing is stored.
+    damage(engine, 3, 30, rank=0)
+    # The wide group's chunk, of the second rank.
+    damage(engine, 6, 30, rank=1)
+    for rank in ranks:
+        rank.submit_load(2, spec, blocks([7], [8]))
+    engine.wait_for(Loaded, 2)
+    assert [rank.take_failures().jobs for rank in ranks] == [set(), {2}]
+    assert engine.of(Damaged) == [Damaged(refs=spec.refs[:8])]
+
+
+def test_without_room_for_checksums_damage_goes_unseen(engine, worker_over):
+    worker = worker_over([[random_tensor(32)]])
+    spec = chunks(engine, [1])
+    worker.submit_store(1, blocks([3]), spec)
+    engine.wait_for(Commit)
+    damage(engine, 1, 5)
+    worker.submit_load(2, spec, blocks([5]))
+    assert not worker.take_failures().jobs
+    assert worker._arena.sums is None
+
+
+@pytest.mark.parametrize("offset", [4, 4 * 64 + 2, 4096])
+def test_checksums_that_lie_elsewhere_are_refused(offset):
+    layout = {"epoch": 1, "session": 1, "slots": 64, "stride": 64, "rank_offset": 0, "header_bytes": 4096}
+    welcome = protocol.Welcome(**layout, arena_bytes=8192, checksum_offset=offset)
+    with pytest.raises(ValueError, match="does not hold"):
+        Arena(mmap.mmap(-1, 8192), welcome, 64)

@@ -44,6 +44,7 @@ class Namespace:
     slots: int
     header_bytes: int
     free: list[int]
+    checksum_offset: int
     chunks: dict[bytes, Chunk] = field(default_factory=dict)
 
     @property
@@ -53,6 +54,11 @@ class Namespace:
     @property
     def generations(self) -> np.ndarray:
         return np.frombuffer(self.arena, dtype=np.uint32, count=self.slots)
+
+    def row(self, slot: int, rank: int = 0) -> np.ndarray:
+        """A rank's part of a slot: what is written here is damage."""
+        start = self.header_bytes + slot * self.stride + rank * self.row_bytes
+        return np.frombuffer(self.arena, dtype=np.uint8, count=self.row_bytes, offset=start)
 
 
 class ToyEngine:
@@ -66,6 +72,8 @@ class ToyEngine:
         self.lookup_states: dict[bytes, int] = {}
         """Overrides the state of keys."""
         self.refuse_store = False
+        self.verify = False
+        """Namespaces to come have room for checksums."""
         self.refuse_hello: str | None = None
         """A code to refuse every hello with."""
         self.epoch = EPOCH
@@ -220,18 +228,21 @@ class ToyEngine:
             self._news.notify_all()
         space = self._space_of(hello)
         if space is None and hello.kind == "worker":
-            header = -(-4 * self.slots // 4096) * 4096
+            sums = 4 * self.slots if self.verify else 0
+            header = -(-(4 * self.slots + sums * hello.world) // 4096) * 4096
             size = header + self.slots * hello.row_bytes * hello.world
             fd = os.memfd_create("toy-arena", os.MFD_CLOEXEC)
             os.ftruncate(fd, size)
             space = Namespace(
                 hello.namespace, fd, mmap.mmap(fd, size), hello.world, hello.row_bytes, self.slots, header,
-                list(range(self.slots)),
+                list(range(self.slots)), sums,
             )  # fmt: skip
             with self._lock:
                 self.spaces.append(space)
         if space is None:
-            welcome = Welcome(epoch=0, session=1, slots=0, stride=0, rank_offset=0, header_bytes=0, arena_bytes=0)
+            welcome = Welcome(
+                epoch=0, session=1, slots=0, stride=0, rank_offset=0, header_bytes=0, arena_bytes=0, checksum_offset=0
+            )
         else:
             welcome = Welcome(
                 epoch=self.epoch,
@@ -241,6 +252,7 @@ class ToyEngine:
                 rank_offset=hello.rank * space.row_bytes,
                 header_bytes=space.header_bytes,
                 arena_bytes=len(space.arena),
+                checksum_offset=space.checksum_offset and space.checksum_offset + hello.rank * 4 * space.slots,
             )
         rights = []
         if hello.kind == "worker" and space is not None:
@@ -263,6 +275,10 @@ class ToyEngine:
                 for ref in protocol.split_refs(message.refs):
                     if ref in named:
                         named[ref].missing -= 1
+        elif isinstance(message, protocol.Damaged) and space is not None:
+            with self._lock:
+                damaged = protocol.split_refs(message.refs)
+                space.chunks = {key: chunk for key, chunk in space.chunks.items() if chunk.ref not in damaged}
 
     def _lookup(self, space: Namespace | None, message: protocol.Lookup) -> Found:
         states, refs = bytearray(), bytearray()

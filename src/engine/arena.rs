@@ -1,10 +1,12 @@
 //! The shared memory that KV is copied through: its layout, and its file.
 //!
 //! ```text
-//! 0            header_bytes                                             arena_bytes
-//! ├─ u32 × slots ─┼─ slot 0: rank 0 | rank 1 | .. ─┼─ slot 1: .. ─┼─ .. ─┤
-//!   generations     stride ≥ row_bytes × world
+//! 0             checksum_offset                header_bytes                                 arena_bytes
+//! ├─ u32 × slots ─┼─ world × (u32 × slots) ──────┼─ slot 0: rank 0 | rank 1 | .. ─┼─ slot 1: .. ─┤
+//!   generations     checksums, if there are any    stride ≥ row_bytes × world
 //! ```
+//!
+//! The checksums are the workers': the engine makes room for them, and neither writes nor reads them.
 //!
 //! The file is a memfd that can neither shrink nor grow, so no mapping of it reaches beyond its end.
 //! The engine keeps a mapping of the generations only; rows are read and written by vLLM workers.
@@ -38,8 +40,21 @@ use crate::plan::{ArenaPlan, PageKind};
 const PAGE: u64 = 4096;
 /// Rows begin on a cache line.
 const LINE: u64 = 64;
+/// A generation or a checksum.
+const CELL: u64 = 4;
 /// The generation of a slot's first chunk; 0 never is one.
 pub const FIRST_GENERATION: u32 = 1;
+
+/// What a slot holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rows {
+    /// Of one rank.
+    pub bytes: u64,
+    /// One row of each rank.
+    pub world: u32,
+    /// With a checksum of each.
+    pub verify: bool,
+}
 
 /// The sizes of an arena, all in bytes but `slots`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,6 +62,8 @@ pub struct Shape {
     pub slots: u32,
     pub row_bytes: u64,
     pub stride: u64,
+    /// Where rank 0's checksums begin, those of the next rank right behind them; 0: there are none.
+    pub checksum_offset: u64,
     pub header_bytes: u64,
     pub arena_bytes: u64,
 }
@@ -54,20 +71,24 @@ pub struct Shape {
 impl Shape {
     /// The most slots that fit into `capacity` bytes; `None` when not even one does. A capacity of
     /// whole 2 MiB makes an arena of whole 2 MiB, as huge pages need it.
-    pub fn fit(capacity: u64, row_bytes: u64, world: u32) -> Option<Self> {
-        let stride = row_bytes
-            .checked_mul(u64::from(world))?
+    pub fn fit(capacity: u64, rows: Rows) -> Option<Self> {
+        let world = u64::from(rows.world);
+        let stride = rows
+            .bytes
+            .checked_mul(world)?
             .checked_next_multiple_of(LINE)?;
         if stride == 0 {
             return None;
         }
-        let header = |slots: u64| (slots * 4).next_multiple_of(PAGE);
-        let rows = capacity.checked_sub(PAGE)?;
-        let mut slots = (rows / stride).min(u64::from(u32::MAX));
-        // One page of header lies within `rows` already; take back what the others need.
+        let checksums = if rows.verify { CELL * world } else { 0 };
+        let generations = |slots: u64| (slots * CELL).next_multiple_of(LINE);
+        let header = |slots: u64| (generations(slots) + slots * checksums).next_multiple_of(PAGE);
+        let most = capacity.checked_sub(PAGE)? / stride;
+        let mut slots = most.min(u64::from(u32::MAX));
+        // One page of header is left out already; take back what the others need.
         while slots > 0 && header(slots) + slots * stride > capacity {
             slots -= (header(slots) + slots * stride - capacity)
-                .div_ceil(stride + 4)
+                .div_ceil(stride + CELL + checksums)
                 .clamp(1, slots);
         }
         if slots == 0 {
@@ -81,11 +102,20 @@ impl Shape {
         let header_bytes = header(slots);
         Some(Self {
             slots: u32::try_from(slots).ok()?,
-            row_bytes,
+            row_bytes: rows.bytes,
             stride,
+            checksum_offset: if rows.verify { generations(slots) } else { 0 },
             header_bytes,
             arena_bytes: (header_bytes + slots * stride).next_multiple_of(page),
         })
+    }
+
+    /// Where a rank's checksums begin; 0: there are none.
+    pub fn checksum_offset_of(&self, rank: u64) -> u64 {
+        match self.checksum_offset {
+            0 => 0,
+            first => first + rank * u64::from(self.slots) * CELL,
+        }
     }
 }
 
@@ -160,16 +190,23 @@ mod tests {
             capacity in 0..1u64 << 40,
             row_bytes in 1..1u64 << 24,
             world in 1..64u32,
+            verify: bool,
         ) {
             let stride = (row_bytes * u64::from(world)).next_multiple_of(64);
-            match Shape::fit(capacity, row_bytes, world) {
+            match Shape::fit(capacity, Rows { bytes: row_bytes, world, verify }) {
                 Some(shape) => {
                     let slots = u64::from(shape.slots);
+                    let sums = if verify { slots * 4 * u64::from(world) } else { 0 };
                     prop_assert_eq!(shape.stride, stride);
-                    prop_assert!(shape.header_bytes >= slots * 4);
+                    prop_assert!(shape.header_bytes >= slots * 4 + sums);
+                    prop_assert!(shape.header_bytes.is_multiple_of(PAGE));
+                    prop_assert_eq!(shape.checksum_offset != 0, verify);
+                    prop_assert!(!verify || shape.checksum_offset >= slots * 4);
+                    prop_assert!(shape.checksum_offset + sums <= shape.header_bytes);
                     prop_assert!(shape.header_bytes + slots * stride <= capacity);
                     prop_assert!(shape.header_bytes + slots * stride <= shape.arena_bytes);
-                    prop_assert!(capacity - slots * (stride + 4) < stride + 4 + 2 * PAGE);
+                    let each = stride + 4 + if verify { 4 * u64::from(world) } else { 0 };
+                    prop_assert!(capacity - slots * each < each + 2 * PAGE);
                 }
                 None => prop_assert!(capacity < stride + PAGE),
             }
@@ -182,7 +219,8 @@ mod tests {
             world in 1..64u32,
         ) {
             let capacity = pages * HUGE_PAGE;
-            if let Some(shape) = Shape::fit(capacity, row_bytes, world) {
+            let verify = pages % 2 == 0;
+            if let Some(shape) = Shape::fit(capacity, Rows { bytes: row_bytes, world, verify }) {
                 prop_assert!(shape.arena_bytes.is_multiple_of(HUGE_PAGE));
                 prop_assert!(shape.arena_bytes <= capacity);
             }
@@ -191,7 +229,12 @@ mod tests {
 
     #[test]
     fn the_file_is_sealed_and_generations_are_shared() {
-        let shape = Shape::fit(1 << 20, 1000, 2).unwrap();
+        let rows = Rows {
+            bytes: 1000,
+            world: 2,
+            verify: false,
+        };
+        let shape = Shape::fit(1 << 20, rows).unwrap();
         let arena = Arena::create(shape, &ArenaPlan::default()).unwrap();
         let file = &arena.file.file;
         assert_eq!(file.metadata().unwrap().len(), shape.arena_bytes);

@@ -78,6 +78,12 @@ impl Client {
         welcome.header_bytes + u64::from(at.slot) * welcome.stride + welcome.rank_offset
     }
 
+    /// Where this rank's checksum of a slot's row is in the arena's file; `None`: none are kept.
+    pub fn checksum_offset(&self, at: SlotRef) -> Option<u64> {
+        let first = self.welcome.checksum_offset;
+        (first != 0).then(|| first + u64::from(at.slot) * 4)
+    }
+
     pub fn lookup(&mut self, query: Query<'_>) -> Result<Found, ClientError> {
         let query = self.query(query);
         match self.ask(ClientMessage::Lookup(query))? {

@@ -260,6 +260,15 @@ impl Handoffs {
             .collect()
     }
 
+    /// Those that have not fired and count on `key`.
+    pub fn running_with(&self, key: SlotRef) -> Vec<Number> {
+        self.table
+            .iter()
+            .filter(|(_, handoff)| handoff.is_running() && handoff.holds(key))
+            .map(|(&number, _)| number)
+            .collect()
+    }
+
     pub fn iter(&self) -> impl Iterator<Item = &Handoff> {
         self.table.values()
     }

@@ -6,8 +6,8 @@
 //!   ▲                  │ a rank discarded, the         │     │ lease / unlease
 //!   │                  │ session was lost, or          │  ◀──┘
 //!   │                  ▼ it took too long              │
-//!   ├──────────── Quarantined                          │
-//!   │  every rank is done, or reaped                   │
+//!   ├──────────── Quarantined                          │ (damaged: found no more,
+//!   │  every rank is done, or reaped                   │  but otherwise Ready)
 //!   └──────────────────────────────── evict ───────────┘ (not held)
 //! ```
 //!
@@ -23,6 +23,7 @@
 #[cfg(test)]
 mod check;
 mod chunk;
+mod condemn;
 #[cfg(test)]
 mod cost;
 mod order;
@@ -36,7 +37,9 @@ use std::time::Instant;
 
 use foldhash::quality::RandomState;
 
-pub use self::chunk::{Census, Committed, Discarded, NewChunk, Owner, Resident, Waiter, Writer};
+pub use self::chunk::{
+    Census, Committed, Condemned, Discarded, NewChunk, Owner, Resident, Waiter, Writer,
+};
 use self::chunk::{Chunk, Key, NONE, Parent, Place, Slot};
 use self::order::Order;
 use self::table::Table;
@@ -59,6 +62,8 @@ pub struct Index {
     order: Order,
     /// Slots with a lease.
     leased: u32,
+    /// Slots of damaged chunks.
+    damaged: u32,
     evictions: u64,
     /// Generations that rose since they were last taken.
     risen: Vec<SlotRef>,
@@ -76,6 +81,7 @@ impl Index {
             writes: Writes::new(world),
             order: Order::new(slots),
             leased: 0,
+            damaged: 0,
             evictions: 0,
             risen: Vec::new(),
         }
@@ -106,6 +112,7 @@ impl Index {
             pending,
             ready: self.by_key.len() - pending,
             quarantined: self.writes.quarantined(),
+            damaged: self.damaged,
         }
     }
 
@@ -141,6 +148,7 @@ impl Index {
             place: Place::Held,
             ready: false,
             hot: false,
+            damaged: false,
         });
         self.by_key.insert(hash, slot);
         let at = self.reference(slot);
@@ -155,8 +163,8 @@ impl Index {
     /// circle can arise, whatever order the keys came in). The parent is held: what is not has
     /// its turn among the evictable ones already, and a child must not come after it.
     pub fn adopt(&mut self, child: SlotRef, parent: SlotRef) {
-        let is_held = |chunk: &Chunk| chunk.is_held();
-        if child == parent || !self.current(parent).is_some_and(is_held) {
+        let can_be_parent = |chunk: &Chunk| chunk.is_held() && !chunk.damaged;
+        if child == parent || !self.current(parent).is_some_and(can_be_parent) {
             return;
         }
         let Some(orphan) = self.current(child) else {
@@ -275,9 +283,11 @@ impl Index {
 
     /// Evicts everything that is not held. How many chunks that were.
     pub fn flush(&mut self) -> u32 {
-        let before = self.by_key.len();
-        while self.evict().is_some() {}
-        before - self.by_key.len()
+        let mut evicted = 0;
+        while self.evict().is_some() {
+            evicted += 1;
+        }
+        evicted
     }
 
     /// Slots whose generation rose since the last call, with the new one.
@@ -324,7 +334,11 @@ impl Index {
         self.unlist(slot);
         let chunk = self.slots.get_mut(slot as usize)?.chunk.take()?;
         self.raise(slot);
-        self.by_key.remove(self.hash(chunk.key.as_bytes()), slot);
+        if chunk.damaged {
+            self.damaged -= 1;
+        } else {
+            self.by_key.remove(self.hash(chunk.key.as_bytes()), slot);
+        }
         self.leased -= u32::from(chunk.leases > 0);
         let held = chunk.is_held();
         if let Some(parent) = chunk.parent.map(Parent::at)

@@ -39,6 +39,7 @@ pub struct NamespaceInfo {
     pub ready: u32,
     pub pending: u32,
     pub quarantined: u32,
+    pub damaged: u32,
     pub leased: u32,
     /// Set aside for hand-offs.
     pub reserved: u64,

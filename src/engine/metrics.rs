@@ -37,7 +37,7 @@ impl Collector for EngineCollector {
 }
 
 fn gauges(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats, up: bool) -> fmt::Result {
-    let gauges: [(&str, &str, u64); 9] = [
+    let gauges: [(&str, &str, u64); 10] = [
         ("up", "1 while the store serves", up.into()),
         (
             "slots",
@@ -60,6 +60,11 @@ fn gauges(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats, up: bool) ->
             "slots_quarantined",
             "Slots that a lost session may still be writing",
             stats.quarantined.into(),
+        ),
+        (
+            "slots_damaged",
+            "Slots of chunks that are not what was saved, until their turn to be evicted",
+            stats.damaged.into(),
         ),
         (
             "slots_reserved",
@@ -131,7 +136,7 @@ fn arena(encoder: &mut DescriptorEncoder<'_>, bytes: u64, prefaulted: u64) -> fm
 
 fn counters(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats) -> fmt::Result {
     let c = &stats.counters;
-    let counters: [(&str, &str, u64); 12] = [
+    let counters: [(&str, &str, u64); 13] = [
         ("lookups", "Lookups", c.lookups),
         ("evictions", "Chunks evicted", stats.evictions),
         ("stores_refused", "Stores without space", c.stores_refused),
@@ -151,8 +156,13 @@ fn counters(encoder: &mut DescriptorEncoder<'_>, stats: &EngineStats) -> fmt::Re
             c.stuck_chunks,
         ),
         (
+            "damaged_chunks",
+            "Chunks that a reader found to be something else than what was saved",
+            c.damaged_chunks,
+        ),
+        (
             "stale_refs",
-            "Commits and discards of past chunks",
+            "Commits, discards and reports of damage that name no chunk of the sender's",
             c.stale_refs,
         ),
         ("loaded_chunks", "Chunk parts loaded", c.loaded_chunks),

@@ -32,6 +32,7 @@ pub type PoolNumber = usize;
 /// What all pools have in common.
 pub struct PoolsConfig {
     pub token: String,
+    pub verify: bool,
     pub handoff_deadline: Duration,
     /// Of each pool's first arena.
     pub first_epoch: u64,
@@ -61,6 +62,7 @@ impl Pools {
             store: Store::new(StoreConfig {
                 token: config.token.clone(),
                 capacity: plan.capacity,
+                verify: config.verify,
                 handoff_deadline: config.handoff_deadline,
                 first_epoch: config.first_epoch,
                 // Their remainder is their pool's number.

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
 /// The version in `hello`.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// The longest frame after the handshake, in bytes.
 pub const MAX_FRAME: usize = 16 << 20;
 /// The longest `hello`, in bytes: what a peer may send before it has shown the token.
@@ -59,6 +59,7 @@ pub enum ClientMessage {
     Commit(Commit),
     Discard(Discard),
     Loaded(Loaded),
+    Damaged(Damaged),
 }
 
 impl ClientMessage {
@@ -76,6 +77,7 @@ impl ClientMessage {
             Self::Commit(_) => "commit",
             Self::Discard(_) => "discard",
             Self::Loaded(_) => "loaded",
+            Self::Damaged(_) => "damaged",
         }
     }
 }
@@ -126,6 +128,8 @@ pub struct Welcome {
     pub rank_offset: u64,
     pub header_bytes: u64,
     pub arena_bytes: u64,
+    /// Where this rank's checksums begin, a `u32` per slot; 0: none are kept.
+    pub checksum_offset: u64,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -262,6 +266,13 @@ pub struct Loaded {
     pub bytes: u64,
     pub micros: u64,
     pub failed: u32,
+}
+
+/// Chunks that were loaded under a lease and are not what was saved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Damaged {
+    pub refs: ByteBuf,
 }
 
 /// A slot and the generation of the chunk in it.

@@ -22,6 +22,8 @@ pub struct EngineStats {
     pub leased: u32,
     /// Slots that wait for the processes of a dead incarnation to be gone.
     pub quarantined: u32,
+    /// Slots of chunks that are not what was saved, until their turn to be evicted.
+    pub damaged: u32,
     /// Slots set aside for the hand-offs under way.
     pub reserved: u64,
     pub handoffs_open: u64,
@@ -75,7 +77,9 @@ pub struct Counters {
     pub discarded_chunks: u64,
     /// Chunks that were given up because a rank neither wrote nor discarded its part in time.
     pub stuck_chunks: u64,
-    /// Commits and discards that named a chunk of the past.
+    /// Chunks that a reader found to be something else than what was saved.
+    pub damaged_chunks: u64,
+    /// Commits, discards and reports of damage that named a chunk of the past, or of others.
     pub stale_refs: u64,
     pub loaded_chunks: u64,
     pub loaded_bytes: u64,
@@ -138,6 +142,7 @@ impl EngineStats {
         self.pending += other.pending;
         self.leased += other.leased;
         self.quarantined += other.quarantined;
+        self.damaged += other.damaged;
         self.reserved += other.reserved;
         self.handoffs_open += other.handoffs_open;
         self.arena_bytes += other.arena_bytes;
@@ -179,6 +184,7 @@ impl Counters {
             save_seconds,
             discarded_chunks,
             stuck_chunks,
+            damaged_chunks,
             stale_refs,
             loaded_chunks,
             loaded_bytes,
@@ -206,6 +212,7 @@ impl Counters {
         self.save_seconds.add(&save_seconds);
         self.discarded_chunks += discarded_chunks;
         self.stuck_chunks += stuck_chunks;
+        self.damaged_chunks += damaged_chunks;
         self.stale_refs += stale_refs;
         self.loaded_chunks += loaded_chunks;
         self.loaded_bytes = self.loaded_bytes.saturating_add(loaded_bytes);

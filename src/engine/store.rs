@@ -25,6 +25,7 @@
 //!   every message, so a hand-off that was opened is never starved by another one half way.
 
 mod admission;
+mod damage;
 mod finding;
 mod report;
 mod saving;
@@ -41,7 +42,7 @@ use super::arena::Shape;
 use super::handoffs::{Handoff, Handoffs, NewHandoff, Number, Stage};
 use super::index::{Committed, Discarded, Index, Owner, Waiter, Writer};
 use super::protocol::{
-    ClientMessage, Commit, Discard, Found, GROUP_LEN, KeyQuery, KeyState, Namespace, Open,
+    ClientMessage, Commit, Damaged, Discard, Found, GROUP_LEN, KeyQuery, KeyState, Namespace, Open,
     ProtocolError, ServerMessage, SessionKind, SlotRef,
 };
 use super::stats::{Counters, EngineStats, SessionStats};
@@ -62,6 +63,8 @@ pub struct StoreConfig {
     pub token: String,
     /// The arena's size in bytes, at most.
     pub capacity: u64,
+    /// Workers keep checksums in it.
+    pub verify: bool,
     pub handoff_deadline: Duration,
     /// The first arena's epoch.
     pub first_epoch: u64,
@@ -252,6 +255,7 @@ impl Store {
             (SessionKind::Worker, M::Commit(commit)) => self.commit(session, &commit, now)?,
             (SessionKind::Worker, M::Discard(discard)) => self.discard(session, &discard)?,
             (SessionKind::Worker, M::Loaded(loaded)) => self.loaded(session, loaded),
+            (SessionKind::Worker, M::Damaged(damaged)) => self.damaged(session, &damaged)?,
             _ => return Err(misplaced),
         }
         Ok(None)

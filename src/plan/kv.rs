@@ -71,15 +71,18 @@ pub struct ArenaPlan {
     pub numa: NumaPlan,
     /// How many threads touch it before it is used; 0: none does.
     pub prefault_threads: usize,
+    /// It has room for a checksum of every row.
+    pub verify: bool,
 }
 
 impl Default for ArenaPlan {
-    /// Normal pages, anywhere, touched by one thread.
+    /// Normal pages, anywhere, touched by one thread; no checksums.
     fn default() -> Self {
         Self {
             pages: vec![PageKind::Normal],
             numa: NumaPlan::Anywhere,
             prefault_threads: 1,
+            verify: false,
         }
     }
 }
@@ -122,6 +125,7 @@ pub(super) fn plan(
         pools,
         arena: ArenaPlan {
             prefault_threads: (host.cpus.len() / 2).clamp(1, PREFAULT_THREADS),
+            verify: settings.verify,
             ..ArenaPlan::default()
         },
         page_note: None,

@@ -53,7 +53,7 @@ pub struct RouterMetrics {
 }
 
 /// Why a prompt was not handed off, as far as it is known beforehand; a failed leg adds its own.
-const FALLBACKS: [&str; 10] = [
+const FALLBACKS: [&str; 11] = [
     "no_decode_node",
     "not_opened",
     "handoff_timeout",
@@ -61,6 +61,7 @@ const FALLBACKS: [&str; 10] = [
     HandoffFailure::ProducerDied.label(),
     HandoffFailure::Aborted.label(),
     HandoffFailure::SaveFailed.label(),
+    HandoffFailure::Damaged.label(),
     HandoffFailure::Deadline.label(),
     HandoffFailure::Abandoned.label(),
     HandoffFailure::EngineDown.label(),

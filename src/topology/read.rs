@@ -187,6 +187,7 @@ fn kv(top: &mut Section<'_, '_, '_, '_>, device: Device) -> KvSettings {
         numa: section.get("numa", numa).unwrap_or(NumaRequest::Auto),
         handoff_deadline: section.seconds("handoff_deadline", 60),
         save_decoded: section.get("save_decoded", boolean).unwrap_or(false),
+        verify: section.get("verify", boolean).unwrap_or(false),
         allow_unproven_models: section
             .get("allow_unproven_models", boolean)
             .unwrap_or(false),

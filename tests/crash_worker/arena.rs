@@ -49,6 +49,21 @@ impl Arena {
         cell.load(Ordering::Acquire)
     }
 
+    /// Where this rank's checksum of a slot is; `None`: the store keeps none.
+    #[expect(unsafe_code, reason = "the arena is shared with other processes")]
+    pub fn sum(&self, slot: u32) -> Option<&AtomicU32> {
+        let first = usize::try_from(self.welcome.checksum_offset).unwrap();
+        if first == 0 {
+            return None;
+        }
+        let header = usize::try_from(self.welcome.header_bytes).unwrap();
+        let at = first + slot as usize * 4;
+        assert!(slot < self.welcome.slots && at.is_multiple_of(4) && at + 4 <= header);
+        // SAFETY: within the header (checked above, as its size was in `map`) and aligned; only ever
+        // accessed atomically; the file is sealed, so the page exists.
+        Some(unsafe { &*self.map.as_ptr().add(at).cast::<AtomicU32>() })
+    }
+
     /// This rank's part of a slot.
     #[expect(unsafe_code, reason = "the arena is shared with other processes")]
     pub fn row(&self, slot: u32) -> &[AtomicU64] {

@@ -87,6 +87,15 @@ pub enum Event {
     Verified {
         chunks: u64,
     },
+    /// Loaded, and the sum in the arena is that of the row.
+    Summed {
+        chunks: u64,
+    },
+    /// The sum is another one, although the generation never changed.
+    Damaged {
+        node: String,
+        chunk: Chunk,
+    },
     /// The generation had changed before or during a load. `leased`: it was not allowed to.
     Overtaken {
         node: String,
@@ -140,7 +149,7 @@ pub enum JobKind {
     },
 }
 
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Chunk {
     pub id: u64,
     pub slot: u32,
@@ -239,6 +248,13 @@ pub fn verify(chunk: &Chunk, rank: u32, found: &[u64]) -> Result<(), String> {
          begins with {:x?}",
         &found[..HEAD_WORDS]
     ))
+}
+
+/// What a worker keeps in the arena beside a row, where the store has room for it. Any sum will do: the
+/// store never looks at it.
+pub fn sum(words: &[u64]) -> u32 {
+    let sum = checksum(words);
+    (sum ^ sum >> 32) as u32
 }
 
 fn checksum(words: &[u64]) -> u64 {

@@ -1,6 +1,7 @@
 //! A worker: copies in and out of the arena, slowly, so that a kill hits it in the middle. It keeps the
-//! shim's rules: look at the generation before a copy and again after a load, and do not say hello
-//! while a copy is under way.
+//! shim's rules: look at the generation before a copy and again after a load, write a row's checksum
+//! between the copy and the commit and compare it before the second look, and do not say hello while a
+//! copy is under way.
 
 use std::sync::atomic::Ordering;
 use std::thread;
@@ -8,14 +9,14 @@ use std::time::Duration;
 
 use pegaflow::engine::client::Client;
 use pegaflow::engine::protocol::{
-    ClientMessage as M, Commit, Discard, Loaded, SessionKind, SlotRef,
+    ClientMessage as M, Commit, Damaged, Discard, Loaded, SessionKind, SlotRef,
 };
 
 use crate::Process;
 use crate::arena::Arena;
 use crate::link::Link;
 use crate::spec::{
-    Chunk, Event, Job, JobKind, Point, ROW_BYTES, ROW_WORDS, Rng, SEAL, SEAL_WORD, row, verify,
+    Chunk, Event, Job, JobKind, Point, ROW_BYTES, ROW_WORDS, Rng, SEAL, SEAL_WORD, row, sum, verify,
 };
 
 /// A row is copied in so many pieces.
@@ -95,7 +96,12 @@ impl Worker {
             return self.discard(chunks);
         }
         for chunk in chunks {
-            self.arena.row(chunk.slot)[SEAL_WORD].store(SEAL, Ordering::Relaxed);
+            let row = self.arena.row(chunk.slot);
+            row[SEAL_WORD].store(SEAL, Ordering::Relaxed);
+            if let Some(kept) = self.arena.sum(chunk.slot) {
+                let words: Vec<u64> = row.iter().map(|w| w.load(Ordering::Relaxed)).collect();
+                kept.store(sum(&words), Ordering::Relaxed);
+            }
         }
         let commit = Commit {
             refs: encode(chunks),
@@ -152,7 +158,7 @@ impl Worker {
     }
 
     fn load_once(&mut self, chunks: &[Chunk], usable: bool, leased: bool) -> bool {
-        let mut rows = Vec::new();
+        let (mut rows, mut sums) = (Vec::new(), Vec::new());
         if usable {
             for chunk in chunks {
                 let mut words = Vec::with_capacity(ROW_WORDS);
@@ -164,10 +170,14 @@ impl Worker {
                 }
                 rows.push(words);
             }
+            let kept = |chunk: &Chunk| self.arena.sum(chunk.slot);
+            let kept = chunks.iter().filter_map(kept);
+            sums.extend(kept.map(|kept| kept.load(Ordering::Relaxed)));
         }
         let loaded = usable && self.all_current(chunks);
         if loaded {
             self.check(chunks, &rows);
+            self.check_sums(chunks, &rows, &sums);
         } else {
             let leased = leased && self.hellos == 1;
             let node = self.process.spec.node.clone();
@@ -188,6 +198,24 @@ impl Worker {
             },
         };
         self.process.report.say(&event);
+    }
+
+    /// Looked at before the generation was for the second time: the sums are those of the same chunks.
+    fn check_sums(&mut self, chunks: &[Chunk], rows: &[Vec<u64>], sums: &[u32]) {
+        for ((chunk, row), kept) in chunks.iter().zip(rows).zip(sums) {
+            if sum(row) != *kept {
+                let node = self.process.spec.node.clone();
+                let chunk = *chunk;
+                self.process.report.say(&Event::Damaged { node, chunk });
+                self.tell(&M::Damaged(Damaged {
+                    refs: encode(&[chunk]),
+                }));
+            }
+        }
+        if !sums.is_empty() {
+            let chunks = sums.len() as u64;
+            self.process.report.say(&Event::Summed { chunks });
+        }
     }
 
     fn discard(&mut self, chunks: &[Chunk]) {

@@ -45,6 +45,8 @@ pub struct Plan {
     pub seed: u64,
     pub world: u32,
     pub gone: Gone,
+    /// Checksums are kept, and compared at every load.
+    pub verify: bool,
     /// Per node and round.
     pub lives: u32,
 }
@@ -65,11 +67,13 @@ pub struct Storm {
 pub struct Tally {
     pub committed: u64,
     pub verified: u64,
+    /// Chunks whose checksum was compared, too.
+    pub summed: u64,
     pub overtaken: u64,
     pub orphans: u64,
     pub reconnects: u64,
     pub stopped: BTreeMap<Point, u64>,
-    /// Bytes that nobody committed, and leases that did not hold.
+    /// Bytes and sums that nobody committed, and leases that did not hold.
     pub wrong: Vec<Event>,
 }
 
@@ -84,7 +88,10 @@ impl Storm {
             pools: vec![PoolPlan::only(
                 4096 + u64::from(SLOTS) * ROW_BYTES * u64::from(plan.world),
             )],
-            arena: ArenaPlan::default(),
+            arena: ArenaPlan {
+                verify: plan.verify,
+                ..ArenaPlan::default()
+            },
             handoff_deadline: HANDOFF_DEADLINE,
         };
         let engine = Engine::start(config, board.clone(), &mut Registry::default()).unwrap();
@@ -157,6 +164,7 @@ impl Storm {
             match serde_json::from_str(line).unwrap() {
                 Event::Committed { chunks } => tally.committed += chunks,
                 Event::Verified { chunks } => tally.verified += chunks,
+                Event::Summed { chunks } => tally.summed += chunks,
                 Event::Overtaken { leased: false, .. } => tally.overtaken += 1,
                 Event::Orphaned => tally.orphans += 1,
                 Event::Reconnected => tally.reconnects += 1,

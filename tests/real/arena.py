@@ -52,6 +52,11 @@ class Arena:
         now = self.pages()
         return sorted(offset for offset, digest in now.items() if before.get(offset) != digest)
 
+    def flip(self, offset: int) -> None:
+        """Flips one bit of one byte."""
+        (byte,) = os.pread(self.file, 1, offset)
+        os.pwrite(self.file, bytes([byte ^ 0x04]), offset)
+
     def damage(self, offset: int) -> None:
         """Flips one bit of the exponent of every 16-bit float in a page."""
         page = bytearray(os.pread(self.file, PAGE, offset))

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use pegaflow::engine::client::{Client, ClientError, Query};
 use pegaflow::engine::protocol::{
     ClientMessage as M, Commit, Granted, HandoffName, Hello, Open, RequestName, SessionKind,
-    SlotRef,
+    SlotRef, VERSION,
 };
 use pegaflow::engine::{Engine, EngineConfig};
 use pegaflow::handoff::{HandoffBoard, HandoffId, HandoffOutcome, HandoffTicket};
@@ -82,7 +82,7 @@ impl Fixture {
 
 pub fn hello(node: &str, kind: SessionKind) -> Hello {
     Hello {
-        version: 1,
+        version: VERSION,
         token: "secret".into(),
         node: node.into(),
         incarnation: 1,

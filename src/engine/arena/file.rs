@@ -105,6 +105,7 @@ mod tests {
             pages: pages.to_vec(),
             numa,
             prefault_threads: 0,
+            ..ArenaPlan::default()
         }
     }
 

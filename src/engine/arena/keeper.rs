@@ -89,13 +89,22 @@ impl Keeper {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::arena::Rows;
+
+    fn shape() -> Shape {
+        let rows = Rows {
+            bytes: 1000,
+            world: 1,
+            verify: false,
+        };
+        Shape::fit(1 << 20, rows).unwrap()
+    }
 
     #[test]
     fn an_arena_lasts_as_long_as_its_epoch() {
         let stop = CancellationToken::new();
         let mut keeper = Keeper::new(ArenaPlan::default(), stop.clone());
-        let shape = Shape::fit(1 << 20, 1000, 1);
-        let mut of = |epoch: u64| keeper.of(Some((epoch, shape.unwrap()))).unwrap().unwrap();
+        let mut of = |epoch: u64| keeper.of(Some((epoch, shape()))).unwrap().unwrap();
         let first = of(1);
         assert!(Arc::ptr_eq(&first, &of(1)));
         assert!(!Arc::ptr_eq(&first, &of(2)));
@@ -110,9 +119,7 @@ mod tests {
         let stop = CancellationToken::new();
         stop.cancel();
         let mut keeper = Keeper::new(ArenaPlan::default(), stop);
-        keeper
-            .of(Some((1, Shape::fit(1 << 20, 1000, 1).unwrap())))
-            .unwrap();
+        keeper.of(Some((1, shape()))).unwrap();
         drop(keeper.take_prefault());
         assert_eq!(keeper.prefaulted(), 0);
         assert!(keeper.arena().is_some());

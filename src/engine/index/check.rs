@@ -15,12 +15,27 @@ impl Index {
         let empty = all().filter(|at| self.chunk(*at).is_none() && !quarantined.contains(at));
         assert_eq!(free, empty.collect::<Vec<_>>(), "free list");
 
-        assert_eq!(self.by_key.len() as usize, used.len(), "a slot per key");
+        let is_damaged = |&&at: &&u32| self.chunk(at).unwrap().damaged;
+        let damaged = used.iter().filter(is_damaged).count();
+        assert_eq!(
+            self.by_key.len() as usize,
+            used.len() - damaged,
+            "a slot per key"
+        );
         let (mut leased, mut evictable) = (0, BTreeSet::new());
         for &at in &used {
             let chunk = self.chunk(at).unwrap();
             let key = chunk.key.as_bytes();
-            assert_eq!(self.find(key).unwrap().at, self.reference(at));
+            let found = self.find(key).map(|found| found.at);
+            assert_eq!(
+                found == Some(self.reference(at)),
+                !chunk.damaged,
+                "found by its key"
+            );
+            assert!(
+                chunk.ready || !chunk.damaged,
+                "damaged before it was written"
+            );
             assert_eq!(chunk.ready, !pending.contains(&at), "ready");
             let here = Parent::new(self.reference(at));
             let children: Vec<_> = used
@@ -50,22 +65,29 @@ impl Index {
             }
         }
 
-        let ready = used.len() - pending.len();
+        let ready = used.len() - pending.len() - damaged;
         let counts = [
             free.len() + self.slots_never_used(),
             pending.len(),
             ready,
             quarantined.len(),
+            damaged,
         ];
-        let [free, pending, ready, quarantined] = counts.map(|n| u32::try_from(n).unwrap());
+        let [free, pending, ready, quarantined, damaged] =
+            counts.map(|n| u32::try_from(n).unwrap());
         let scanned = Census {
             free,
             pending,
             ready,
             quarantined,
+            damaged,
         };
         assert_eq!(self.census(), scanned);
-        assert_eq!(free + pending + ready + quarantined, self.slots());
+        assert_eq!(free + pending + ready + quarantined + damaged, self.slots());
+    }
+
+    pub fn is_leased(&self, at: SlotRef) -> bool {
+        self.current(at).is_some_and(|chunk| chunk.leases > 0)
     }
 
     /// The sum of all pins.

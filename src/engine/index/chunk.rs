@@ -54,6 +54,8 @@ pub struct Chunk {
     pub ready: bool,
     /// Asked for again since it was written.
     pub hot: bool,
+    /// Not what was saved: nobody finds it any more.
+    pub damaged: bool,
 }
 
 impl Chunk {
@@ -167,6 +169,17 @@ pub enum Discarded {
     Late,
 }
 
+/// What a report of damage did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Condemned {
+    /// A stale ref, or a Pending chunk: nobody can have loaded it.
+    Ignored,
+    /// The chunk cannot be found any more.
+    Now,
+    /// It was reported before.
+    Already,
+}
+
 /// How many slots are in which state.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Census {
@@ -174,6 +187,8 @@ pub struct Census {
     pub pending: u32,
     pub ready: u32,
     pub quarantined: u32,
+    /// Until their turn to be evicted.
+    pub damaged: u32,
 }
 
 #[cfg(test)]

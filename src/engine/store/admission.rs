@@ -5,6 +5,7 @@
 //! another namespace, and the arena is made anew.
 
 use super::*;
+use crate::engine::arena::Rows;
 use crate::engine::protocol::{Hello, RefusalCode, Refused, VERSION, Welcome};
 use crate::engine::stats::RefusedSession;
 
@@ -115,6 +116,7 @@ impl Store {
                 rank_offset: rank * shape.row_bytes,
                 header_bytes: shape.header_bytes,
                 arena_bytes: shape.arena_bytes,
+                checksum_offset: shape.checksum_offset_of(rank),
             },
             None => Welcome {
                 epoch: 0,
@@ -124,6 +126,7 @@ impl Store {
                 rank_offset: 0,
                 header_bytes: 0,
                 arena_bytes: 0,
+                checksum_offset: 0,
             },
         })
     }
@@ -237,7 +240,12 @@ impl Store {
             return Err(Refusal::new(RefusalCode::RowBytes, message));
         }
         let capacity = self.config.capacity;
-        let shape = Shape::fit(capacity, hello.row_bytes, hello.world).ok_or_else(|| {
+        let rows = Rows {
+            bytes: hello.row_bytes,
+            world: hello.world,
+            verify: self.config.verify,
+        };
+        let shape = Shape::fit(capacity, rows).ok_or_else(|| {
             let message = format!(
                 "{capacity} bytes do not hold one chunk of {} rows of {} bytes; raise the store's capacity",
                 hello.world, hello.row_bytes

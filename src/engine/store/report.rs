@@ -17,6 +17,7 @@ impl Store {
             pending: census.pending,
             leased: self.index.leased(),
             quarantined: census.quarantined,
+            damaged: census.damaged,
             reserved: self.handoffs.reserved(),
             handoffs_open: self.handoffs.len() as u64,
             arena_bytes: self.shape.map_or(0, |shape| shape.arena_bytes),
@@ -45,6 +46,7 @@ impl Store {
             ready: census.ready,
             pending: census.pending,
             quarantined: census.quarantined,
+            damaged: census.damaged,
             leased: self.index.leased(),
             reserved: self.handoffs.reserved(),
             arena_bytes: self.shape.map_or(0, |shape| shape.arena_bytes),
@@ -76,7 +78,7 @@ impl Store {
         let census = self.index.census();
         Flushed {
             evicted,
-            held: census.ready + census.pending,
+            held: census.ready + census.pending + census.damaged,
         }
     }
 

@@ -1,5 +1,6 @@
 //! Histories of the store that are worth naming; `model` makes up the others.
 
+mod damage;
 mod deadlock;
 mod model;
 mod ops;
@@ -7,7 +8,7 @@ mod sessions;
 
 use super::*;
 use crate::engine::inspect::Inspection;
-use crate::engine::protocol::{Granted, HandoffName, Hello, RequestName};
+use crate::engine::protocol::{Granted, HandoffName, Hello, RequestName, VERSION};
 
 const WORLD: u32 = 2;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -16,6 +17,7 @@ fn store_with(slots: u64) -> Store {
     Store::new(StoreConfig {
         token: "t".into(),
         capacity: 4096 + slots * 64,
+        verify: true,
         handoff_deadline: PATIENCE,
         first_epoch: 1,
         sessions: (1, 1),
@@ -24,7 +26,7 @@ fn store_with(slots: u64) -> Store {
 
 fn hello(node: usize, incarnation: u64, rank: Option<u32>) -> Hello {
     Hello {
-        version: 1,
+        version: VERSION,
         token: "t".into(),
         node: format!("n{node}"),
         incarnation,

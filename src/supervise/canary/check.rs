@@ -67,7 +67,7 @@ impl CheckError {
             Self::Prefill(call) | Self::Decode(call) if call.may_pass() => Severity::Broken,
             Self::Handoff(failure) => match failure {
                 HandoffFailure::EngineDown => Severity::StoreOff,
-                HandoffFailure::SaveFailed => Severity::Fault,
+                HandoffFailure::SaveFailed | HandoffFailure::Damaged => Severity::Fault,
                 HandoffFailure::ProducerDied
                 | HandoffFailure::NoSpace
                 | HandoffFailure::Aborted

@@ -5,6 +5,8 @@
 //! what is leased is there, a hand-off settles once and fires only when all its keys are Ready,
 //! and every count equals what follows from the slots.
 
+mod workers;
+
 use std::collections::BTreeSet;
 
 use proptest::prelude::*;
@@ -40,6 +42,8 @@ struct World {
     /// By node: what was leased when sessions were lost, and the ranks that may still be reading.
     departed: Vec<(Vec<SlotRef>, BTreeSet<u32>)>,
     handoffs: Vec<Wanted>,
+    /// Never found again.
+    damaged: BTreeSet<SlotRef>,
 }
 
 const SLOTS: u64 = 12;
@@ -54,6 +58,7 @@ impl World {
             leases: BTreeMap::new(),
             departed: vec![Default::default(); 3],
             handoffs: Vec::new(),
+            damaged: BTreeSet::new(),
         };
         (0..3).for_each(|node| world.join(node));
         world
@@ -208,6 +213,12 @@ impl World {
                     self.done(at, rank, ClientMessage::Discard(Discard { refs }));
                 }
             }
+            Op::Damage {
+                node,
+                rank,
+                pick: n,
+                leased,
+            } => self.damage(node, rank, n, leased),
             Op::Disconnect { node, who } => {
                 if let Some(session) = self.nodes[node].1[who] {
                     self.store.disconnect(session, Lost::Closed);
@@ -250,34 +261,6 @@ impl World {
         (0..3)
             .find(|node| owner.node.as_str() == format!("n{node}"))
             .unwrap()
-    }
-
-    fn commit(&mut self, n: usize, rank: u32) {
-        let (&at, written) = self.written.iter().nth(n).unwrap();
-        let found = self.store.index.find(&written.key);
-        let pending = found.is_some_and(|found| found.at == at && !found.ready);
-        let message = ClientMessage::Commit(Commit {
-            refs: SlotRef::encode_all([at]),
-            bytes: 1,
-            micros: 1,
-        });
-        if self.done(at, rank, message) && pending {
-            self.written.get_mut(&at).unwrap().committed.insert(rank);
-        }
-    }
-
-    /// Sends a rank's word that it is done with a chunk. Only its own incarnation can be writing;
-    /// what a later one says must be ignored.
-    fn done(&mut self, at: SlotRef, rank: u32, message: ClientMessage) -> bool {
-        let owner = self.written[&at].owner.clone();
-        let node = self.node_of(&owner);
-        let own = self.owner(node) == owner;
-        let connected = self.nodes[node].1[rank as usize + 1].is_some();
-        self.send(node, rank as usize + 1, message);
-        if own && connected {
-            self.written.get_mut(&at).unwrap().writing.remove(&rank);
-        }
-        own && connected
     }
 
     fn save(&mut self, node: usize, handoff: Option<usize>, chain: u8, range: std::ops::Range<u8>) {
@@ -348,6 +331,7 @@ impl World {
                 1 => {
                     let written = &self.written[&at];
                     assert_eq!(written.key, *key);
+                    assert!(!self.damaged.contains(&at), "damaged, and found");
                     assert_eq!(written.committed.len(), WORLD as usize, "visible too early");
                     leases.push(at);
                     if let Some(wanted) = handoff.map(|h| &mut self.handoffs[h]) {
@@ -381,10 +365,9 @@ impl World {
         for lease in &self.leased() {
             let key = self.written[lease].key;
             let found = self.store.index.find(&key);
-            assert!(
-                found.is_some_and(|f| f.at == *lease && f.ready && f.leased),
-                "a leased chunk is gone"
-            );
+            let is_found = found.is_some_and(|f| f.at == *lease && f.ready && f.leased);
+            assert_eq!(is_found, !self.damaged.contains(lease), "{lease:?}");
+            assert!(self.store.index.is_leased(*lease), "a leased chunk is gone");
         }
         self.store.index.check();
         // Out of use is exactly what may still be written, and is not wanted any more.
@@ -428,7 +411,7 @@ impl World {
             (0, 0, 0)
         );
         assert_eq!((stats.leased, self.store.index.leases()), (0, 0));
-        assert_eq!(stats.used, stats.ready);
+        assert_eq!(stats.used, stats.ready + stats.damaged);
         assert!(self.store.sessions.is_empty() && self.store.departed.is_empty());
         assert_eq!(self.store.index.available(), u64::from(stats.slots));
         for wanted in &self.handoffs {

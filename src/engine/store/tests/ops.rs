@@ -46,6 +46,13 @@ pub enum Op {
         pick: usize,
         rank: u32,
     },
+    /// A worker reports a chunk, mostly one that its node has leased.
+    Damage {
+        node: usize,
+        rank: u32,
+        pick: usize,
+        leased: bool,
+    },
     Disconnect {
         node: usize,
         who: usize,
@@ -85,6 +92,8 @@ pub fn ops() -> impl Strategy<Value = Vec<Op>> {
         16 => (any.clone(), 0..WORLD).prop_map(|(pick, rank)| Op::Commit { pick, rank }),
         4 => Just(Op::CommitAll),
         2 => (any.clone(), 0..WORLD).prop_map(|(pick, rank)| Op::Discard { pick, rank }),
+        2 => (node.clone(), 0..WORLD, any.clone(), prop::bool::weighted(0.7)).prop_map(
+            |(node, rank, pick, leased)| Op::Damage { node, rank, pick, leased }),
         1 => (node.clone(), 0..3usize).prop_map(|(node, who)| Op::Disconnect { node, who }),
         1 => node.clone().prop_map(|node| Op::Gone { node }),
         3 => node.clone().prop_map(|node| Op::Join { node }),
