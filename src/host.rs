@@ -18,15 +18,17 @@ mod ports;
 #[cfg(test)]
 mod testing;
 
-pub use gpus::{GpuHolder, gpu_holders, take_gpus};
+pub use gpus::{GpuFindings, GpuHolder, GpuPath, Link, take_gpus};
 pub use memory::{
     HUGE_PAGE, HugePages, Memlock, MemoryFacts, ShmemThp, memory_available, raise_memlock,
 };
 pub use numa::NumaNode;
 pub use ports::{PORTS_PER_NODE, free_ports};
 
+use crate::topology::PciAddress;
+
 /// The machine at one moment.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostSnapshot {
     /// Cores that this process may use, ascending.
     pub cpus: Vec<usize>,
@@ -37,15 +39,20 @@ pub struct HostSnapshot {
     pub memory: MemoryFacts,
     /// By index; those that `CUDA_VISIBLE_DEVICES` hides are left out.
     pub gpus: Vec<Gpu>,
+    /// How close they are, each pair once; pairs that the driver tells nothing of are left out.
+    pub gpu_paths: Vec<GpuPath>,
+    /// GPUs that NVML counts, but that do not answer, by NVML's index.
+    pub lost_gpus: Vec<u32>,
     pub nvml: NvmlStatus,
 }
 
 /// One GPU as NVML sees it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Gpu {
     /// In PCI bus order, as CUDA counts under `CUDA_DEVICE_ORDER=PCI_BUS_ID`.
     pub index: u32,
     pub uuid: String,
+    pub pci: Option<PciAddress>,
     pub name: String,
     /// Bytes; `None` where the driver does not say.
     pub memory_total: Option<u64>,
@@ -54,11 +61,14 @@ pub struct Gpu {
     pub mig: bool,
     /// The NUMA node that it is attached to, where that is known.
     pub numa_node: Option<u32>,
+    /// Processes that hold memory of it; those that the driver does not tell are missing.
+    pub holders: Vec<GpuHolder>,
 }
 
 /// Whether GPUs could be looked for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum NvmlStatus {
+    #[default]
     Available,
     /// The library is not installed.
     Missing(String),
@@ -86,14 +96,16 @@ impl HostSnapshot {
     pub fn take() -> Result<Self, HostError> {
         let root = Path::new("/");
         let amount = memory::amount(root)?;
-        let (gpus, nvml) = take_gpus();
+        let found = take_gpus();
         Ok(Self {
             cpus: cores()?,
             memory_total: amount.total,
             memory_available: amount.available,
             memory: MemoryFacts::read(root, amount.limited),
-            gpus,
-            nvml,
+            gpus: found.gpus,
+            gpu_paths: found.paths,
+            lost_gpus: found.lost,
+            nvml: found.nvml,
         })
     }
 }

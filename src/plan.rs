@@ -20,11 +20,13 @@ mod cpu;
 mod gpu;
 mod kv;
 mod launch;
+mod memory;
 mod model_check;
 mod problem;
 mod render;
 
 pub use kv::{ArenaPlan, KvPlan, NumaPlan, PageKind, PoolPlan};
+pub use memory::MemoryEstimate;
 use problem::Found;
 pub use problem::{PlanErrors, PlanProblem};
 
@@ -69,7 +71,11 @@ pub struct NodePlan {
     pub gpus: Vec<u32>,
     /// CPU cores for the node's threads; empty: no pinning.
     pub cpus: Vec<usize>,
+    /// The NUMA nodes that its memory comes from while they have any; empty: the kernel's choice.
+    pub numa: Vec<u32>,
     pub tensor_parallel: u32,
+    /// What each rank takes, where the model's configuration is known.
+    pub memory: Option<MemoryEstimate>,
     /// The program and its arguments.
     pub argv: Vec<String>,
     /// Added to pegaflow's own environment. Holds secrets: never log it.
@@ -86,6 +92,7 @@ impl fmt::Debug for NodePlan {
             .field("addr", &self.addr)
             .field("gpus", &self.gpus)
             .field("cpus", &self.cpus)
+            .field("numa", &self.numa)
             .field("tensor_parallel", &self.tensor_parallel)
             .field("env", &self.env.keys())
             .finish_non_exhaustive()
@@ -127,6 +134,8 @@ struct Replica<'t> {
 struct Placement {
     gpus: Vec<u32>,
     cpus: Vec<usize>,
+    /// NUMA nodes to take memory from; empty: the kernel's choice.
+    numa: Vec<u32>,
     port: u16,
     /// The first of the ports for vLLM's own sockets.
     internal_port: u16,
@@ -152,10 +161,12 @@ impl Plan {
                 found.problem("device", gpu::none(host, inputs));
                 Vec::new()
             }
-            Device::Cuda => gpu::pin(&replicas, &host.gpus, &mut found),
+            Device::Cuda => gpu::pin(topology, &replicas, host, &mut found),
             Device::Cpu => cpu::pin(&replicas, &host.cpus, &mut found),
         };
         ports(&replicas, inputs, &mut placements, &mut found);
+        let placed = (&replicas[..], &placements[..]);
+        let memory = memory::estimate(topology, &inputs.model, placed, host, &mut found);
         let sharing = kv::sharing(&replicas, &placements);
         let kv = kv::plan(topology, host, &replicas, &sharing, &mut found);
         let warnings = found.into_warnings(topology)?;
@@ -164,7 +175,11 @@ impl Plan {
         let nodes = replicas
             .iter()
             .zip(placements)
-            .map(|(replica, placement)| launch.node(replica, placement))
+            .zip(memory)
+            .map(|((replica, placement), memory)| NodePlan {
+                memory,
+                ..launch.node(replica, placement)
+            })
             .collect();
         Ok(Self {
             name: topology.name.clone(),
@@ -244,6 +259,8 @@ mod tests {
             env: std::collections::BTreeMap::new(),
             port: None,
             gpu_memory_fraction: 0.9,
+            gpu_memory_free: None,
+            share_gpus: false,
             kv_cache: Some(1 << 30),
         }
     }

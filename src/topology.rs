@@ -19,6 +19,7 @@ use std::time::Duration;
 use crate::fleet::{NodeId, Role};
 
 mod flags;
+mod gpus;
 mod interpolate;
 mod keys;
 mod load;
@@ -33,6 +34,7 @@ mod source;
 mod validate;
 mod value;
 
+pub use gpus::{GpuRequest, GpuSelector, PciAddress};
 pub use interpolate::Secrets;
 pub use load::Surroundings;
 pub use memory::{Capacity, HugepageRequest, NumaRequest};
@@ -122,6 +124,8 @@ pub struct ModelFacts {
     pub identity: String,
     /// The model's `config.json`, where it could be read.
     pub config: Option<serde_json::Value>,
+    /// Bytes of the weight files, where they are here.
+    pub weights: Option<u64>,
 }
 
 /// `[kv]`.
@@ -207,6 +211,10 @@ pub struct NodeSettings {
     pub port: Option<u16>,
     /// Of a GPU's memory, for weights and KV; in (0, 1].
     pub gpu_memory_fraction: f64,
+    /// Bytes that each of its GPUs must have free.
+    pub gpu_memory_free: Option<u64>,
+    /// Its GPUs may be other nodes' too that say the same, while their fractions fit.
+    pub share_gpus: bool,
     /// Bytes of vLLM's own KV cache; always there on CPU, in whole GiB.
     pub kv_cache: Option<u64>,
 }
@@ -215,6 +223,13 @@ impl NodeSettings {
     /// The node takes part in hand-offs.
     pub fn shares_kv(&self) -> bool {
         self.role != Role::Unified
+    }
+
+    /// The value of a flag in `args`, empty where it takes none; `None`: it is not there.
+    pub fn flag(&self, name: &str) -> Option<String> {
+        let mut flags = flags::flags(&self.args).into_iter();
+        let found = flags.find(|flag| flag.name == name)?;
+        Some(found.value.unwrap_or_default())
     }
 
     /// The names of the replicas.
@@ -229,27 +244,13 @@ impl NodeSettings {
     }
 }
 
-/// `gpus` of a node; how many is `tensor_parallel`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum GpuRequest {
-    /// Those with the most free memory.
-    Auto,
-    Listed(Vec<GpuSelector>),
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum GpuSelector {
-    /// In PCI bus order, as nvidia-smi counts.
-    Index(u32),
-    /// As `nvidia-smi -L` prints it: `GPU-...`.
-    Uuid(String),
-}
-
 /// `cpus` of a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum CpuRequest {
-    /// An equal share of the cores.
+    /// An equal share of the cores; with GPUs, those beside them.
     Auto,
+    /// Every core that pegaflow itself may use.
+    All,
     Listed(Vec<usize>),
 }
 

@@ -30,11 +30,10 @@ fn host(gpus: u32) -> HostSnapshot {
                 name: "H200".to_owned(),
                 memory_total: Some(100 * GIB),
                 memory_free: Some(99 * GIB),
-                mig: false,
-                numa_node: None,
+                ..Gpu::default()
             })
             .collect(),
-        nvml: NvmlStatus::Available,
+        ..HostSnapshot::default()
     }
 }
 
@@ -45,6 +44,7 @@ fn inputs() -> PlanInputs {
             load_from: "owner/name".to_owned(),
             identity: "weights-1".to_owned(),
             config: Some(json!({"model_type": "qwen3"})),
+            weights: None,
         },
         ports: vec![11_000, 11_032, 11_064, 11_096],
         engine_socket: "run/engine.sock".into(),

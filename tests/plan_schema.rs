@@ -419,8 +419,8 @@ fn the_defaults_of_the_schema_are_the_readers() {
         let mut written = 0;
         for key in Key::all().iter().filter(|key| !key.is_table()) {
             let others: &[&str] = match device {
-                "cuda" => &["device", "cpus"],
-                _ => &["device", "gpus", "gpu_memory_fraction"],
+                "cuda" => &["device"],
+                _ => &["device", "gpus", "gpu_memory_fraction", "share_gpus"],
             };
             if let Some(default) = key.property.get("default")
                 && !others.contains(&key.name())

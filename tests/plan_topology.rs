@@ -416,9 +416,44 @@ fn environment_that_is_ours_is_refused() {
 
 #[test]
 fn keys_of_the_other_device_are_refused() {
-    assert_one!(unified("cpus = [0]\n"), 5:1 "node[0].cpus", Kind::WrongDevice { only: "cpu", .. });
     assert_one!(unified_cpu("gpus = \"auto\"\n"), 5:1 "node[0].gpus", Kind::WrongDevice { only: "cuda", .. });
     assert_one!(unified_cpu("gpu_memory_fraction = 0.5\n"), 5:1 "node[0].gpu_memory_fraction", Kind::WrongDevice { only: "cuda", .. });
+    assert_one!(unified_cpu("gpu_memory_free = \"1GiB\"\n"), 5:1 "node[0].gpu_memory_free", Kind::WrongDevice { only: "cuda", .. });
+    assert_one!(unified_cpu("share_gpus = true\n"), 5:1 "node[0].share_gpus", Kind::WrongDevice { only: "cuda", .. });
+    assert_one!(unified_cpu("cpus = \"all\"\n"), 5:8 "node[0].cpus", Kind::BadValue { .. });
+}
+
+#[test]
+fn gpus_are_named_by_index_uuid_or_address() {
+    let text = unified(
+        "gpus = [1, \"GPU-a\", \"3b:00.0\"]\ncpus = \"all\"\ngpu_memory_free = \"40GiB\"\nshare_gpus = true\n",
+    );
+    let topology = Topology::parse(&text, Path::new("t.toml")).unwrap();
+    let node = &topology.nodes[0];
+    let GpuRequest::Listed(listed) = &node.gpus else {
+        panic!("a list")
+    };
+    let [
+        GpuSelector::Index(1),
+        GpuSelector::Uuid(uuid),
+        GpuSelector::Pci(address),
+    ] = &listed[..]
+    else {
+        panic!("{listed:?}")
+    };
+    assert_eq!(
+        (uuid.as_str(), address.to_string().as_str()),
+        ("GPU-a", "0000:3b:00.0")
+    );
+    assert_eq!((node.tensor_parallel, node.share_gpus), (3, true));
+    assert_eq!(
+        (node.gpu_memory_free, &node.cpus),
+        (Some(40 << 30), &CpuRequest::All)
+    );
+    // Two spellings of one address.
+    assert_one!(unified("gpus = [\"3b:00.0\", \"00000000:3B:00.0\"]\n"), 5:8 "node[0].gpus", Kind::BadValue { .. });
+    assert_one!(unified("gpus = [\"MIG-a\"]\n"), 5:8 "node[0].gpus", Kind::BadValue { instead, .. } if instead.contains("MIG"));
+    assert_one!(unified("gpus = [\"3b:00.1\"]\n"), 5:8 "node[0].gpus", Kind::BadValue { .. });
 }
 
 #[test]

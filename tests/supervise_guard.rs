@@ -221,6 +221,53 @@ fn the_whole_tree_stays_on_its_cores() {
     guard.assert_gone();
 }
 
+/// How the memory of each process of the tree is placed: the second word of its numa_maps.
+fn memory_policies(marker: &str) -> Vec<String> {
+    let policy = |pid| {
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/numa_maps")).unwrap();
+        maps.split_whitespace()
+            .nth(1)
+            .unwrap_or_default()
+            .to_owned()
+    };
+    alive(marker).into_iter().map(policy).collect()
+}
+
+#[test]
+fn the_whole_tree_takes_memory_from_its_numa_node_first() {
+    let script = with_child("subprocess.Popen(again, start_new_session=True)");
+    let mut guard = Guard::start_with(&script, &["--numa", "0"]);
+    guard.spawned();
+    guard.wait_for(3);
+    let policies = memory_policies(&guard.marker);
+    assert!(policies.len() >= 2, "{policies:?}");
+    assert!(
+        policies.iter().all(|policy| policy == "prefer:0"),
+        "{policies:?}"
+    );
+    guard.send("kill\n");
+    assert!(guard.line().ends_with("signal 9"));
+    guard.assert_gone();
+}
+
+/// Slower memory is no reason not to start.
+#[test]
+fn a_numa_node_that_is_not_there_does_not_prevent_the_start() {
+    for nodes in ["900", "5000"] {
+        let mut guard = Guard::start_with("import time; time.sleep(60)", &["--numa", nodes]);
+        guard.spawned();
+        guard.wait_for(2);
+        let policies = memory_policies(&guard.marker);
+        assert!(
+            policies.iter().all(|policy| policy == "default"),
+            "{policies:?}"
+        );
+        guard.send("kill\n");
+        assert!(guard.line().ends_with("signal 9"));
+        guard.assert_gone();
+    }
+}
+
 #[test]
 fn cores_that_are_not_there_are_reported() {
     let mut guard = Guard::start_with("pass", &["--cpus", "1000"]);

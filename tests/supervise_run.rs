@@ -89,7 +89,9 @@ impl Supervised {
             addr,
             gpus: vec![],
             cpus: vec![],
+            numa: vec![],
             tensor_parallel: 1,
+            memory: None,
             argv: argv.to_vec(),
             env: Default::default(),
         };

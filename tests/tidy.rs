@@ -44,6 +44,7 @@ const MAY_BE_UNSAFE: &[&str] = &[
     "src/engine/arena/sys.rs",
     "src/engine/client.rs",
     "src/supervise/guard.rs",
+    "src/supervise/guard/place.rs",
     "tests/crash_worker/arena.rs",
     "tests/fake_vllm/kv.rs",
     "tests/fake_vllm/shm.rs",

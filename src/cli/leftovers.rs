@@ -17,7 +17,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{Context, Exit};
-use crate::host::{self, GpuHolder, HostSnapshot};
+use crate::host::{GpuHolder, HostSnapshot};
 use crate::instance::Instance;
 
 /// A guard's grace and kill, and the driver's cleaning up after a large process.
@@ -111,10 +111,8 @@ struct EarlierRun {
 
 impl EarlierRun {
     fn holds(&self, host: &HostSnapshot) -> Vec<Held> {
-        let holders = host::gpu_holders();
         let held = host.gpus.iter().filter_map(|gpu| {
-            let holders = holders.get(&gpu.uuid).map(Vec::as_slice);
-            let (pids, memory) = self.of(holders.unwrap_or_default())?;
+            let (pids, memory) = self.of(&gpu.holders)?;
             let index = gpu.index;
             Some(Held {
                 index,
@@ -181,7 +179,7 @@ fn without(host: &HostSnapshot, held: &[Held]) -> HostSnapshot {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::{Gpu, MemoryFacts, NvmlStatus};
+    use crate::host::Gpu;
 
     fn run(shim: &str, was_killed: bool) -> EarlierRun {
         EarlierRun {
@@ -191,7 +189,11 @@ mod tests {
     }
 
     fn holder(pid: u32, memory: Option<u64>) -> GpuHolder {
-        GpuHolder { pid, memory }
+        GpuHolder {
+            pid,
+            name: None,
+            memory,
+        }
     }
 
     #[test]
@@ -210,20 +212,23 @@ mod tests {
         // Above the largest pid that Linux gives.
         let dead = holder(4_194_305, Some(7));
         let nobody = run("/no/such/run/shim", true);
-        assert_eq!(nobody.of(&[stranger]), None);
+        assert_eq!(nobody.of(std::slice::from_ref(&stranger)), None);
         assert_eq!(
-            nobody.of(&[stranger, dead]),
+            nobody.of(&[stranger.clone(), dead.clone()]),
             Some((vec![dead.pid], Some(7)))
         );
         let unknown = holder(dead.pid, None);
-        assert_eq!(nobody.of(&[dead, unknown]).unwrap().1, None);
+        assert_eq!(nobody.of(&[dead.clone(), unknown]).unwrap().1, None);
         // Every process of this test has its own PATH, or at least some variable.
         let environment = fs::read("/proc/self/environ").unwrap();
         let own = EarlierRun {
             shim: environment.iter().copied().take(8).collect(),
             was_killed: false,
         };
-        assert_eq!(own.of(&[stranger]), Some((vec![stranger.pid], Some(5))));
+        assert_eq!(
+            own.of(std::slice::from_ref(&stranger)),
+            Some((vec![stranger.pid], Some(5)))
+        );
     }
 
     #[test]
@@ -236,20 +241,13 @@ mod tests {
     fn what_leftovers_hold_counts_as_free_and_no_more() {
         let gpu = |index| Gpu {
             index,
-            uuid: format!("GPU-{index}"),
-            name: String::new(),
             memory_total: Some(100),
             memory_free: Some(10),
-            mig: false,
-            numa_node: None,
+            ..Gpu::default()
         };
         let host = HostSnapshot {
-            cpus: vec![0],
-            memory_total: 1,
-            memory_available: 1,
-            memory: MemoryFacts::default(),
             gpus: vec![gpu(0), gpu(1), gpu(2)],
-            nvml: NvmlStatus::Available,
+            ..HostSnapshot::default()
         };
         let held = |index, memory| Held {
             index,

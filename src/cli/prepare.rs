@@ -111,6 +111,7 @@ impl Run<'_> {
             load_from: String::new(),
             identity: String::new(),
             config: None,
+            weights: None,
         };
         self.plan(host, Launcher::Vllm("vllm".into()), model)
             .map(|_| ())

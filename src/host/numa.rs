@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::memory::{HugePages, number, pool};
 use super::memory_field;
+use crate::topology::PciAddress;
 
 /// The most that a list like `0-3,8` may name.
 const MOST: usize = 8192;
@@ -62,13 +63,10 @@ pub(super) fn available(root: &Path, id: u32) -> Option<u64> {
     Some(memory_field(&text, "MemFree").ok()?.saturating_add(cache))
 }
 
-/// The node beside a PCI device, named as NVML names it: `00000000:3B:00.0`.
-pub(super) fn of_pci(root: &Path, address: &str) -> Option<u32> {
-    let (domain, rest) = address.split_once(':')?;
-    let domain = u32::from_str_radix(domain, 16).ok()?;
-    let device = format!("{domain:04x}:{}", rest.to_lowercase());
+/// The node beside a PCI device.
+pub(super) fn of_pci(root: &Path, address: PciAddress) -> Option<u32> {
     // A machine that does not know says -1.
-    let file = root.join(format!("sys/bus/pci/devices/{device}/numa_node"));
+    let file = root.join(format!("sys/bus/pci/devices/{address}/numa_node"));
     number(&file).and_then(|id| u32::try_from(id).ok())
 }
 
@@ -131,10 +129,10 @@ mod tests {
         let machine = Machine::default();
         machine.file("sys/bus/pci/devices/0000:3b:00.0/numa_node", "1\n");
         machine.file("sys/bus/pci/devices/0001:01:00.0/numa_node", "-1\n");
-        assert_eq!(of_pci(machine.root(), "00000000:3B:00.0"), Some(1));
-        assert_eq!(of_pci(machine.root(), "00000001:01:00.0"), None);
-        assert_eq!(of_pci(machine.root(), "00000000:3C:00.0"), None);
-        assert_eq!(of_pci(machine.root(), "nonsense"), None);
+        let of = |address: &str| of_pci(machine.root(), address.parse().unwrap());
+        assert_eq!(of("00000000:3B:00.0"), Some(1));
+        assert_eq!(of("00000001:01:00.0"), None);
+        assert_eq!(of("00000000:3C:00.0"), None);
     }
 
     #[test]

@@ -106,6 +106,7 @@ fn left_to_vllm(id: &str) -> ModelFacts {
         load_from: id.to_owned(),
         identity: id.to_owned(),
         config: None,
+        weights: None,
     }
 }
 
@@ -117,6 +118,7 @@ fn snapshot_facts(id: &str, snapshot: &Path) -> Result<ModelFacts, ModelError> {
         load_from: snapshot.to_string_lossy().into_owned(),
         identity: format!("{id}@{commit}"),
         config: Some(config),
+        weights: local::weight_bytes(snapshot),
     })
 }
 

@@ -34,7 +34,27 @@ pub(super) fn facts(dir: &Path) -> Result<ModelFacts, ModelError> {
         load_from: dir.to_string_lossy().into_owned(),
         identity: format!("sha256:{}", hex(&digest.finalize())),
         config: Some(config),
+        weights: weight_bytes(dir),
     })
+}
+
+/// What vLLM would read: the safetensors where there are any, and not Mistral's second copy of them.
+pub(super) fn weight_bytes(dir: &Path) -> Option<u64> {
+    let names = weight_files(dir).ok()?;
+    let second = |name: &&String| name.starts_with("consolidated");
+    let safe: Vec<&String> = names
+        .iter()
+        .filter(|name| name.ends_with("safetensors"))
+        .collect();
+    let first: Vec<&String> = safe.iter().copied().filter(|name| !second(name)).collect();
+    let read = match (first.is_empty(), safe.is_empty()) {
+        (false, _) => first,
+        (true, false) => safe,
+        (true, true) => names.iter().collect(),
+    };
+    read.into_iter()
+        .map(|name| Some(fs::metadata(dir.join(name)).ok()?.len()))
+        .sum()
 }
 
 pub(super) fn config(dir: &Path) -> Result<(serde_json::Value, Vec<u8>), ModelError> {
@@ -132,6 +152,20 @@ mod tests {
         changed.push(original);
         let distinct: std::collections::BTreeSet<_> = changed.iter().collect();
         assert_eq!(distinct.len(), changed.len());
+    }
+
+    #[test]
+    fn weights_are_counted_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, bytes: usize| {
+            fs::write(dir.path().join(name), vec![0; bytes]).unwrap();
+            weight_bytes(dir.path())
+        };
+        assert_eq!(weight_bytes(dir.path()), Some(0));
+        assert_eq!(file("pytorch_model.bin", 7), Some(7));
+        assert_eq!(file("consolidated.safetensors", 10), Some(10));
+        assert_eq!(file("model-1.safetensors", 4), Some(4));
+        assert_eq!(file("model-2.safetensors", 5), Some(9));
     }
 
     #[test]

@@ -40,7 +40,7 @@ pub(super) fn pin(replicas: &[Replica<'_>], cores: &[usize], found: &mut Found) 
         .collect();
     let ranks: usize = replicas
         .iter()
-        .filter(|replica| replica.settings.cpus == CpuRequest::Auto)
+        .filter(|replica| !matches!(replica.settings.cpus, CpuRequest::Listed(_)))
         .map(|replica| replica.settings.tensor_parallel as usize)
         .sum();
     if ranks > left.len() {
@@ -68,7 +68,9 @@ pub(super) fn pin(replicas: &[Replica<'_>], cores: &[usize], found: &mut Found) 
         .map(|replica| Placement {
             cpus: match &replica.settings.cpus {
                 CpuRequest::Listed(listed) => listed.clone(),
-                CpuRequest::Auto => shares.take(replica.settings.tensor_parallel as usize),
+                CpuRequest::Auto | CpuRequest::All => {
+                    shares.take(replica.settings.tensor_parallel as usize)
+                }
             },
             ..Placement::default()
         })
@@ -88,7 +90,8 @@ pub(super) fn threads_bind(cpus: &[usize], tensor_parallel: u32) -> String {
     ranks.join("|")
 }
 
-fn check(replica: &Replica<'_>, listed: &[usize], cores: &[usize], found: &mut Found) {
+/// The cores that a node names are ours.
+pub(super) fn check(replica: &Replica<'_>, listed: &[usize], cores: &[usize], found: &mut Found) {
     for core in listed.iter().filter(|core| !cores.contains(core)) {
         let problem = PlanProblem::UnknownCore {
             node: replica.id.clone(),

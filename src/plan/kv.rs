@@ -369,7 +369,9 @@ fn near(nodes: &[NumaNode], host: &HostSnapshot, sharing: &[&Placement]) -> Vec<
             .gpus
             .iter()
             .filter(|gpu| gpus.clone().any(|index| *index == gpu.index));
-        let mut cpus = sharing.iter().flat_map(|placement| &placement.cpus);
+        // A node with GPUs has its memory beside those, wherever its threads may run.
+        let on_cpu = sharing.iter().filter(|placement| placement.gpus.is_empty());
+        let mut cpus = on_cpu.flat_map(|placement| &placement.cpus);
         gpus.any(|gpu| gpu.numa_node == Some(node.id)) || cpus.any(|cpu| node.cpus.contains(cpu))
     };
     nodes.iter().filter(is_near).map(|node| node.id).collect()

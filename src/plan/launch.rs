@@ -23,8 +23,10 @@ impl Launch<'_> {
             argv: self.argv(replica, &placement),
             env: self.env(replica, &placement),
             tensor_parallel: replica.settings.tensor_parallel,
+            memory: None,
             gpus: placement.gpus,
             cpus: placement.cpus,
+            numa: placement.numa,
         }
     }
 

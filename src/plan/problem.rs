@@ -33,7 +33,7 @@ pub enum PlanProblem {
         /// What is the matter with each.
         gpus: String,
     },
-    #[error("{node} asks for {}, but here are: {gpus}", show(selector))]
+    #[error("{node} asks for {selector}, but here are: {gpus}")]
     UnknownGpu {
         node: NodeId,
         selector: GpuSelector,
@@ -45,9 +45,14 @@ pub enum PlanProblem {
     )]
     MigGpu { node: NodeId, index: u32 },
     #[error(
-        "{node} asks for GPU {index} with {} of memory, but {} of {} are free; stop what uses it, \
+        "{node} asks for GPU {index}, which does not answer; look for Xid in the kernel's log \
+         (dmesg), and reset it (nvidia-smi -r -i {index}) or reboot, or choose another GPU"
+    )]
+    LostGpu { node: NodeId, index: u32 },
+    #[error(
+        "{node} asks for GPU {index} with {} of memory, but {} of {} are free{}; stop what uses it, \
          choose another GPU or write a smaller `gpu_memory_fraction`",
-        ByteSize(*needed), ByteSize(*free), ByteSize(*total)
+        ByteSize(*needed), ByteSize(*free), ByteSize(*total), held_by(holders)
     )]
     BusyGpu {
         node: NodeId,
@@ -55,12 +60,56 @@ pub enum PlanProblem {
         needed: u64,
         free: u64,
         total: u64,
+        /// Empty: the driver names nobody.
+        holders: String,
     },
-    #[error("{node} asks for GPU {index}, which {other} has already; choose another GPU")]
+    #[error(
+        "{node} asks for {fraction} of GPU {index}, which it shares with {others}; write fractions \
+         (`gpu_memory_fraction`) that add up to 1.0 at most: {left:.2} is left"
+    )]
+    FullGpu {
+        node: NodeId,
+        index: u32,
+        fraction: f64,
+        /// With their fractions.
+        others: String,
+        left: f64,
+    },
+    #[error(
+        "{node} asks for GPU {index}, which {other} has already; choose another GPU, or write \
+         `share_gpus = true` for both, with fractions (`gpu_memory_fraction`) that add up to 1.0 at \
+         most"
+    )]
     DoubleBooked {
         node: NodeId,
         index: u32,
         other: NodeId,
+    },
+    #[error(
+        "the model does not fit: {node} needs {} on GPU {gpu} ({} of weights), and may take {} of its \
+         {}; use more GPUs (`tensor_parallel`), larger ones, a larger `gpu_memory_fraction` or a \
+         smaller `kv_cache`",
+        ByteSize(*needed), ByteSize(*weights), ByteSize(*budget), ByteSize(*total)
+    )]
+    ModelTooLarge {
+        node: NodeId,
+        gpu: u32,
+        weights: u64,
+        needed: u64,
+        budget: u64,
+        total: u64,
+    },
+    #[error(
+        "a request of {longest} tokens does not fit: {node} has {} for KV, which is {tokens} tokens; \
+         write `max_model_len = {tokens}` or less at the top, or use more memory (`kv_cache`, \
+         `gpu_memory_fraction`, `tensor_parallel`)",
+        ByteSize(*kv)
+    )]
+    TooFewTokens {
+        node: NodeId,
+        longest: u64,
+        tokens: u64,
+        kv: u64,
     },
     #[error(
         "{node} asks for core {core}, but this process may use {}",
@@ -135,7 +184,10 @@ impl PlanProblem {
     fn lacks_machine(&self) -> bool {
         !matches!(
             self,
-            Self::DoubleBooked { .. } | Self::CoreDoubleBooked { .. } | Self::MlaOnCpu { .. }
+            Self::DoubleBooked { .. }
+                | Self::FullGpu { .. }
+                | Self::CoreDoubleBooked { .. }
+                | Self::MlaOnCpu { .. }
         )
     }
 }
@@ -213,9 +265,9 @@ fn smaller(instead: Option<u64>) -> String {
     }
 }
 
-fn show(selector: &GpuSelector) -> String {
-    match selector {
-        GpuSelector::Index(index) => format!("GPU {index}"),
-        GpuSelector::Uuid(uuid) => uuid.clone(),
+fn held_by(holders: &str) -> String {
+    if holders.is_empty() {
+        return String::new();
     }
+    format!(", held by {holders}")
 }

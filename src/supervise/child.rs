@@ -30,6 +30,8 @@ pub struct SpawnSpec<'a> {
     pub env: BTreeMap<String, String>,
     /// The only cores that the tree may run on; empty: all.
     pub cpus: &'a [usize],
+    /// The NUMA nodes whose memory the tree takes first; empty: the kernel's choice.
+    pub numa: &'a [u32],
     pub log: LogTarget,
 }
 
@@ -71,6 +73,10 @@ impl Incarnation {
         if !spec.cpus.is_empty() {
             let cores: Vec<_> = spec.cpus.iter().map(usize::to_string).collect();
             command.args(["--cpus", &cores.join(",")]);
+        }
+        if !spec.numa.is_empty() {
+            let nodes: Vec<_> = spec.numa.iter().map(u32::to_string).collect();
+            command.args(["--numa", &nodes.join(",")]);
         }
         command
             .arg("--")

@@ -8,18 +8,17 @@
 //! says `empty` only then, and the sweep does the same for a guard that was killed.
 //!
 //! GPU memory is compared with the moment before the last spawn, on each of the node's GPUs. What
-//! processes hold that have come since is not waited for: it is not the dead node's. A driver whose
+//! processes hold that have come or grown since is not waited for: it is not the dead node's. A driver whose
 //! pids are those of another namespace makes that invisible, so the wait ends anyhow
 //! ([`Obstacle::patience`]).
 
-use std::collections::BTreeSet;
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::fleet::NodeId;
-use crate::host::{GpuHolder, gpu_holders, take_gpus};
+use crate::host::{GpuHolder, take_gpus};
 
 use super::guard::processes;
 
@@ -169,34 +168,43 @@ fn usage(gpus: &[u32]) -> Vec<Usage> {
     if gpus.is_empty() {
         return vec![];
     }
-    let holders = gpu_holders();
-    let (seen, _) = take_gpus();
-    seen.into_iter()
+    take_gpus()
+        .gpus
+        .into_iter()
         .filter(|gpu| gpus.contains(&gpu.index))
         .filter_map(|gpu| {
             let used = gpu.memory_total?.checked_sub(gpu.memory_free?)?;
             Some(Usage {
                 index: gpu.index,
                 used,
-                holders: holders.get(&gpu.uuid).cloned().unwrap_or_default(),
+                holders: gpu.holders,
             })
         })
         .collect()
 }
 
-/// Bytes in use that neither were `before` nor belong to somebody who lives and has come since.
+/// Bytes in use that neither were `before` nor belong to somebody who lives and has come, or grown,
+/// since: a GPU may be shared.
 fn excess(before: &Usage, now: &Usage, is_alive: impl Fn(u32) -> bool) -> u64 {
-    let known: BTreeSet<u32> = before.holders.iter().map(|holder| holder.pid).collect();
-    let strangers = now
+    let grown = |holder: &GpuHolder| {
+        let known = before.holders.iter().find(|known| known.pid == holder.pid);
+        match (known, holder.memory) {
+            (None, Some(memory)) => memory,
+            // Somebody of unknown size may have it all.
+            (None, None) => u64::MAX,
+            (Some(known), memory) => {
+                let had = known.memory.unwrap_or(u64::MAX);
+                memory.unwrap_or(0).saturating_sub(had)
+            }
+        }
+    };
+    let others = now
         .holders
         .iter()
-        .filter(|holder| !known.contains(&holder.pid) && is_alive(holder.pid))
-        // Somebody of unknown size may have it all.
-        .map(|holder| holder.memory.unwrap_or(u64::MAX))
+        .filter(|holder| is_alive(holder.pid))
+        .map(grown)
         .fold(0, u64::saturating_add);
-    now.used
-        .saturating_sub(strangers)
-        .saturating_sub(before.used)
+    now.used.saturating_sub(others).saturating_sub(before.used)
 }
 
 /// Every process of the node itself is reaped, so whoever lives is somebody else.
@@ -218,7 +226,11 @@ mod tests {
     fn usage(used: u64, holders: &[(u32, Option<u64>)]) -> Usage {
         let holders = holders
             .iter()
-            .map(|&(pid, memory)| GpuHolder { pid, memory })
+            .map(|&(pid, memory)| GpuHolder {
+                pid,
+                name: None,
+                memory,
+            })
             .collect();
         Usage {
             index: 0,
@@ -246,6 +258,11 @@ mod tests {
         );
         assert_eq!(of(usage(9 * GIB, &[(7, Some(7 * GIB))])), 0, "a stranger");
         assert_eq!(of(usage(9 * GIB, &[(7, Some(3 * GIB))])), 4 * GIB, "both");
+        assert_eq!(
+            of(usage(9 * GIB, &[(1, Some(6 * GIB))])),
+            2 * GIB,
+            "one that shares the GPU has grown"
+        );
         assert_eq!(
             of(usage(9 * GIB, &[(7, None)])),
             0,

@@ -19,6 +19,7 @@
 //! node's log.
 
 mod cleanup;
+mod place;
 pub(super) mod processes;
 pub(super) mod shm;
 
@@ -33,7 +34,6 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -48,7 +48,7 @@ const SHM_SCAN: Duration = Duration::from_secs(1);
 const KILL_ROUND: Duration = Duration::from_millis(10);
 const MAX_COMMAND: usize = 4096;
 
-/// `pegaflow __guard --node NAME [--run-dir DIR] [--private-shm] [--cpus 0,1] -- argv...`
+/// `pegaflow __guard --node NAME [--run-dir DIR] [--private-shm] [--cpus 0,1] [--numa 0] -- argv...`
 #[derive(Debug, clap::Args)]
 pub struct GuardArgs {
     /// Whose guard it is, to be seen in `ps`.
@@ -63,6 +63,9 @@ pub struct GuardArgs {
     /// The only cores that the tree may run on.
     #[arg(long, value_delimiter = ',')]
     pub cpus: Vec<usize>,
+    /// The NUMA nodes whose memory the tree takes first.
+    #[arg(long, value_delimiter = ',')]
+    pub numa: Vec<u32>,
     /// The leader.
     #[arg(last = true, required = true)]
     pub argv: Vec<OsString>,
@@ -103,7 +106,8 @@ fn run(args: GuardArgs) -> Result<(), GuardError> {
     let signals = block_signals().map_err(GuardError::Signals)?;
     let control = take_control().map_err(GuardError::Control)?;
     let shm = Shm::prepare(args.private_shm);
-    let leader = confine(&args.cpus).and_then(|()| spawn_leader(&args.argv));
+    place::prefer_memory(&args.numa);
+    let leader = place::confine(&args.cpus).and_then(|()| spawn_leader(&args.argv));
     let mut guard = match leader {
         Ok(leader) => Guard::new(control, leader, shm),
         Err(error) => {
@@ -141,23 +145,6 @@ fn take_control() -> io::Result<UnixStream> {
     let control = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     control.set_nonblocking(true)?;
     Ok(control)
-}
-
-/// Every thread and process to come inherits the cores: vLLM itself binds its OpenMP threads only,
-/// and the others would run on the cores of other nodes.
-fn confine(cpus: &[usize]) -> io::Result<()> {
-    if cpus.is_empty() {
-        return Ok(());
-    }
-    let mut set = CpuSet::new();
-    let confined = cpus
-        .iter()
-        .try_for_each(|&core| set.set(core))
-        .and_then(|()| sched_setaffinity(Pid::from_raw(0), &set));
-    confined.map_err(|error| {
-        let why = format!("cannot run on cores {cpus:?} ({error}); change the node's `cpus`");
-        io::Error::new(ErrorKind::InvalidInput, why)
-    })
 }
 
 fn spawn_leader(argv: &[OsString]) -> io::Result<Pid> {

@@ -335,6 +335,7 @@ impl NodeActor {
             argv: &self.plan.argv,
             env,
             cpus: &self.plan.cpus,
+            numa: &self.plan.numa,
             log: LogTarget {
                 node: self.plan.id.clone(),
                 path: log_path(&self.shared.log_dir, &self.plan.id),

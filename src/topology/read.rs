@@ -7,14 +7,15 @@ use std::time::Duration;
 
 use toml::de::{DeTable, DeValue};
 
+use super::gpus::gpus;
 use super::keys;
 use super::memory::{capacity, hugepages, numa};
 use super::problem::{Findings, ProblemKind};
 use super::section::Section;
 use super::source::join;
 use super::value::{
-    address, boolean, cpus, device, duration_or_zero, gpus, integer, non_empty, number, one_of,
-    role, size, string, wrong,
+    address, boolean, cpus, device, duration_or_zero, integer, non_empty, number, one_of, role,
+    size, string, wrong,
 };
 use super::{
     Capacity, CpuRequest, Device, GpuRequest, HugepageRequest, KvSettings, ModelRef, NodeSettings,
@@ -314,6 +315,8 @@ fn node(mut section: Section<'_, '_, '_, '_>, device: Device) -> NodeSettings {
         gpu_memory_fraction: section
             .get("gpu_memory_fraction", number(0.01..=1.0))
             .unwrap_or(0.9),
+        gpu_memory_free: section.get("gpu_memory_free", size),
+        share_gpus: section.get("share_gpus", boolean).unwrap_or(false),
         kv_cache: section
             .get("kv_cache", size)
             .or((device == Device::Cpu).then_some(GIB)),

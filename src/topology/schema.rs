@@ -106,15 +106,22 @@ fn of_shape(shape: Shape) -> Value {
             choice(&["auto"]),
             variable(),
             integer(1, 64),
-            list(any_of([integer(0, 1023), text("GPU-.*")])),
+            list(any_of([
+                integer(0, 1023),
+                text("GPU-.*"),
+                text(PCI_ADDRESS),
+            ])),
         ]),
-        Shape::Cpus => any_of([choice(&["auto"]), variable(), list(integer(0, 4095))]),
+        Shape::Cpus => any_of([choice(&["auto", "all"]), variable(), list(integer(0, 4095))]),
         Shape::Table(inner) => Value::Object(table(inner)),
         Shape::Tables(inner) => {
             json!({"type": "array", "minItems": 1, "items": Value::Object(table(inner))})
         }
     }
 }
+
+/// As [`super::PciAddress`] reads it.
+const PCI_ADDRESS: &str = r"([0-9a-fA-F]+:)?[0-9a-fA-F]{1,2}:[01]?[0-9a-fA-F]\.0";
 
 /// The whole string fits the pattern, or holds a variable.
 fn text(pattern: &str) -> Value {

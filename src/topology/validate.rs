@@ -131,19 +131,23 @@ fn device(device: Device, at: &At, node: &NodeSettings, findings: &mut Findings<
         Device::Cpu => [
             ("gpus", "leave it out, or write `cpus`"),
             ("gpu_memory_fraction", "leave it out, or write `kv_cache`"),
+            ("gpu_memory_free", "leave it out"),
+            ("share_gpus", "leave it out, or write `cpus`"),
         ]
         .as_slice(),
-        Device::Cuda => [("cpus", "leave it out, or write `gpus`")].as_slice(),
-    };
-    let only = match device {
-        Device::Cpu => "cuda",
-        Device::Cuda => "cpu",
+        Device::Cuda => &[],
     };
     for (key, instead) in wrong {
         let key = at.key(key);
         if findings.source.has(&key) && !findings.is_bad(&key) {
+            let only = "cuda";
             findings.add_at_key(&key, ProblemKind::WrongDevice { only, instead });
         }
+    }
+    if device == Device::Cpu && node.cpus == CpuRequest::All {
+        let found = "the string \"all\" for nodes that compute on the CPU";
+        let instead = "\"auto\" or a list of cores: their ranks must not share them";
+        findings.add(&at.key("cpus"), bad(found, instead));
     }
     let replicas = |with: &str| ProblemKind::Conflict {
         with: format!("`count = {}`", node.count),
@@ -152,7 +156,9 @@ fn device(device: Device, at: &At, node: &NodeSettings, findings: &mut Findings<
     if device == Device::Cuda && node.count > 1 && matches!(node.gpus, GpuRequest::Listed(_)) {
         findings.add(&at.key("gpus"), replicas("gpus"));
     }
-    if let (Device::Cpu, CpuRequest::Listed(cores)) = (device, &node.cpus) {
+    if device == Device::Cpu
+        && let CpuRequest::Listed(cores) = &node.cpus
+    {
         if node.count > 1 {
             findings.add(&at.key("cpus"), replicas("cpus"));
         }

@@ -8,7 +8,7 @@ use bytesize::ByteSize;
 use toml::de::DeValue;
 
 use super::problem::ProblemKind;
-use super::{CpuRequest, Device, GpuRequest, GpuSelector};
+use super::{CpuRequest, Device};
 use crate::fleet::Role;
 
 type Read<T> = Result<T, ProblemKind>;
@@ -127,49 +127,11 @@ pub(super) fn one_of<T: Clone>(value: &DeValue<'_>, choices: &[(&str, T)]) -> Re
         .ok_or_else(|| bad(value, &instead))
 }
 
-/// `gpus`, and how many were asked for where that was said.
-pub(super) fn gpus(value: &DeValue<'_>) -> Read<(GpuRequest, Option<u32>)> {
-    const INSTEAD: &str = "\"auto\", a number of GPUs, or a list like [0, 1] or [\"GPU-...\"]";
-    match value {
-        DeValue::String(text) if text == "auto" => Ok((GpuRequest::Auto, None)),
-        DeValue::String(_) => Err(bad(value, INSTEAD)),
-        DeValue::Integer(_) => {
-            let count = integer::<u32>(1..=64)(value).map_err(|_| bad(value, INSTEAD))?;
-            Ok((GpuRequest::Auto, Some(count)))
-        }
-        DeValue::Array(items) => {
-            let listed = items
-                .iter()
-                .map(|item| gpu_selector(item.get_ref()))
-                .collect::<Read<Vec<_>>>()?;
-            if listed.is_empty() || has_duplicates(&listed) {
-                return Err(bad(value, INSTEAD));
-            }
-            let count = u32::try_from(listed.len()).ok();
-            Ok((GpuRequest::Listed(listed), count))
-        }
-        _ => Err(wrong(value, INSTEAD)),
-    }
-}
-
-fn gpu_selector(value: &DeValue<'_>) -> Read<GpuSelector> {
-    const INSTEAD: &str = "an index like 0, or a UUID like \"GPU-...\" (nvidia-smi -L lists them)";
-    match value {
-        DeValue::Integer(_) => integer(0..=1023)(value)
-            .map(GpuSelector::Index)
-            .map_err(|_| bad(value, INSTEAD)),
-        DeValue::String(text) if text.starts_with("GPU-") => {
-            Ok(GpuSelector::Uuid(text.clone().into_owned()))
-        }
-        DeValue::String(_) => Err(bad(value, INSTEAD)),
-        _ => Err(wrong(value, INSTEAD)),
-    }
-}
-
 pub(super) fn cpus(value: &DeValue<'_>) -> Read<CpuRequest> {
-    const INSTEAD: &str = "\"auto\" or a list of cores, like [0, 1]";
+    const INSTEAD: &str = "\"auto\", \"all\" or a list of cores, like [0, 1]";
     match value {
         DeValue::String(text) if text == "auto" => Ok(CpuRequest::Auto),
+        DeValue::String(text) if text == "all" => Ok(CpuRequest::All),
         DeValue::String(_) => Err(bad(value, INSTEAD)),
         DeValue::Array(items) => {
             let listed = items

@@ -1,8 +1,13 @@
-/* A scripted libnvidia-ml.so.1: the GPUs stand in the text file that FAKE_NVML_FILE names, one per
- * line: INDEX UUID TOTAL_BYTES FREE_BYTES MIG [BUS [PID,PID,...]]. A free memory of "-" is not told,
- * a UUID of "lost" makes the GPU unreachable; the PIDs hold what is not free, in equal parts; '#'
- * begins a comment. A file that begins with "broken" makes nvmlInit fail. The file is read again by
- * every call that needs it, so a test may change it.
+/* A scripted libnvidia-ml.so.1. The text file that FAKE_NVML_FILE names has these lines, in any order:
+ *
+ *   INDEX UUID TOTAL_BYTES FREE_BYTES MIG [BUS [PID,PID,...]]     a GPU
+ *   is INDEX KEY=VALUE ...                                        more of it: name, numa
+ *   link A B nvlink|board|switch|switches|hostbridge|node|system  how close two of them are
+ *
+ * A free memory of "-" is not told, a UUID of "lost" makes the GPU unreachable; the PIDs hold what is not
+ * free, in equal parts; '#' begins a comment. A file that begins with "broken" makes nvmlInit fail.
+ * The file is read again by every call that needs it, so a test may change it. Built with -DOLD_DRIVER,
+ * the library has only what NVML always had: no processes, links, MIG or affinity.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,15 +25,37 @@ enum { MAX_GPUS = 16 };
 
 typedef struct {
     unsigned index, mig, bus;
-    char uuid[80], free[32], pids[128];
+    int numa;
+    char uuid[80], free[32], pids[128], name[64];
     unsigned long long total;
 } gpu_t;
 
 static char handles[MAX_GPUS];
 
-static int read_gpus(gpu_t *gpus) {
+static FILE *script(void) {
     const char *path = getenv("FAKE_NVML_FILE");
-    FILE *file = path ? fopen(path, "r") : NULL;
+    return path ? fopen(path, "r") : NULL;
+}
+
+/* "is INDEX KEY=VALUE ...": the GPU's own line comes first. */
+static void read_more(char *line, gpu_t *gpus, int count) {
+    char *word = strtok(line, " \n");
+    int index = (word = strtok(NULL, " \n")) ? atoi(word) : -1;
+    while ((word = strtok(NULL, " \n"))) {
+        char *value = strchr(word, '=');
+        for (int i = 0; value && i < count; i++) {
+            if ((int)gpus[i].index != index)
+                continue;
+            if (strncmp(word, "name=", 5) == 0)
+                snprintf(gpus[i].name, sizeof gpus[i].name, "%s", value + 1);
+            if (strncmp(word, "numa=", 5) == 0)
+                gpus[i].numa = atoi(value + 1);
+        }
+    }
+}
+
+static int read_gpus(gpu_t *gpus) {
+    FILE *file = script();
     char line[256];
     int count = 0;
     if (!file)
@@ -39,7 +66,11 @@ static int read_gpus(gpu_t *gpus) {
             fclose(file);
             return -1;
         }
+        if (strncmp(line, "is ", 3) == 0)
+            read_more(line, gpus, count);
         memset(gpu, 0, sizeof *gpu);
+        gpu->numa = -1;
+        snprintf(gpu->name, sizeof gpu->name, "Scripted GPU");
         int fields = sscanf(line, "%u %79s %llu %31s %u %u %127s", &gpu->index, gpu->uuid,
                             &gpu->total, gpu->free, &gpu->mig, &gpu->bus, gpu->pids);
         if (line[0] == '#' || fields < 5)
@@ -102,9 +133,11 @@ int nvmlDeviceGetIndex(void *device, unsigned *index) {
 }
 
 int nvmlDeviceGetName(void *device, char *name, unsigned length) {
-    (void)device;
-    snprintf(name, length, "Scripted GPU");
-    return SUCCESS;
+    gpu_t gpu;
+    int rc = gpu_of(device, &gpu);
+    if (rc == SUCCESS)
+        snprintf(name, length, "%s", gpu.name);
+    return rc;
 }
 
 int nvmlDeviceGetUUID(void *device, char *uuid, unsigned length) {
@@ -158,10 +191,14 @@ int nvmlDeviceGetPciInfo_v3(void *device, pci_t *pci) {
     if (rc != SUCCESS)
         return rc;
     memset(pci, 0, sizeof *pci);
+    /* No domain that a real device of the machine could have. */
+    pci->domain = 0xfa;
     pci->bus = gpu.bus;
-    snprintf(pci->bus_id, sizeof pci->bus_id, "00000000:%02X:00.0", gpu.bus & 0xff);
+    snprintf(pci->bus_id, sizeof pci->bus_id, "000000FA:%02X:00.0", gpu.bus & 0xff);
     return SUCCESS;
 }
+
+#ifndef OLD_DRIVER
 
 int nvmlDeviceGetMigMode(void *device, unsigned *current, unsigned *pending) {
     gpu_t gpu;
@@ -191,3 +228,54 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *device, unsigned *count, proce
     *count = found;
     return found > room ? INSUFFICIENT_SIZE : SUCCESS;
 }
+
+int nvmlDeviceGetMemoryAffinity(void *device, unsigned size, unsigned long *nodes, unsigned scope) {
+    gpu_t gpu;
+    int rc = gpu_of(device, &gpu);
+    (void)scope;
+    if (rc != SUCCESS)
+        return rc;
+    if (gpu.numa < 0 || gpu.numa >= (int)size * 64)
+        return NOT_SUPPORTED;
+    memset(nodes, 0, size * sizeof *nodes);
+    nodes[gpu.numa / 64] = 1ul << gpu.numa % 64;
+    return SUCCESS;
+}
+
+/* The word of the "link" line between two GPUs, or nothing. */
+static int link_of(void *one, void *other, char *word) {
+    unsigned a = (unsigned)((char *)one - handles), b = (unsigned)((char *)other - handles), x, y;
+    FILE *file = script();
+    char line[256];
+    int found = 0;
+    while (file && !found && fgets(line, sizeof line, file))
+        found = sscanf(line, "link %u %u %31s", &x, &y, word) == 3 &&
+                ((x == a && y == b) || (x == b && y == a));
+    if (file)
+        fclose(file);
+    return found;
+}
+
+int nvmlDeviceGetP2PStatus(void *one, void *other, unsigned capability, unsigned *status) {
+    enum { NVLINK = 2, P2P_OK = 0, P2P_NOT_SUPPORTED = 5 };
+    char word[32];
+    *status = capability == NVLINK && link_of(one, other, word) && strcmp(word, "nvlink") == 0
+                  ? P2P_OK
+                  : P2P_NOT_SUPPORTED;
+    return SUCCESS;
+}
+
+int nvmlDeviceGetTopologyCommonAncestor(void *one, void *other, unsigned *level) {
+    static const char *const words[] = {"board", "switch", "switches", "hostbridge", "node", "system"};
+    char word[32];
+    if (!link_of(one, other, word))
+        return NOT_SUPPORTED;
+    for (unsigned i = 0; i < 6; i++)
+        if (strcmp(word, words[i]) == 0) {
+            *level = i * 10;
+            return SUCCESS;
+        }
+    return NOT_SUPPORTED;
+}
+
+#endif

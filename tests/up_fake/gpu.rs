@@ -266,3 +266,61 @@ async fn a_stranger_that_came_since_does_not_delay_a_restart() {
     );
     up.stop().await;
 }
+
+/// The shipped topology with other text in it.
+fn edit(site: &Site, old: &str, new: &str) {
+    let file = site.path("topology.toml");
+    let text = fs::read_to_string(&file).unwrap();
+    assert!(text.contains(old), "{old}");
+    fs::write(file, text.replace(old, new)).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn prefill_and_decode_are_placed_close_together_and_beside_the_arena() {
+    let mut script = String::new();
+    for index in 0..8 {
+        // The freest GPUs lie apart.
+        let free = TOTAL - (1 << 30) * (1 + u64::from(index % 7 != 0));
+        script += &format!("{index} GPU-{index} {TOTAL} {free} 0 {}\n", index + 1);
+    }
+    script += "link 1 2 system\nlink 4 6 nvlink\n";
+    let site = gpu_site(Library::Scripted(&script));
+    let up = site.up_ready().await;
+    let seen = assignment(&up).await;
+    let gpus: BTreeSet<&str> = seen.values().map(String::as_str).collect();
+    assert_eq!(gpus, BTreeSet::from(["4", "6"]));
+    up.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_nodes_share_one_gpu_when_the_topology_says_so() {
+    let one = format!("0 GPU-aaaa {TOTAL} {} 0 1\n", TOTAL - (1 << 30));
+    let site = gpu_site(Library::Scripted(&one));
+    for role in ["prefill", "decode"] {
+        let role = format!("role = \"{role}\"\n");
+        let shared =
+            format!("{role}share_gpus = true\ngpu_memory_fraction = 0.45\nkv_cache = \"4GiB\"\n");
+        edit(&site, &role, &shared);
+    }
+    let up = site.up_ready().await;
+    assert!(assignment(&up).await.values().all(|gpus| gpus == "0"));
+    up.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_busy_gpu_is_refused_with_the_name_of_who_holds_it() {
+    let site = gpu_site(Library::Scripted(&busy_gpus(&[std::process::id()])));
+    let role = "role = \"prefill\"\ngpus = ";
+    edit(&site, &format!("{role}\"auto\""), &format!("{role}[1]"));
+    let mut up = site.up();
+    let status = up.wait(Duration::from_secs(20)).await;
+    assert_eq!(status.code(), Some(4), "4: this machine cannot run it");
+    let name = fs::read_to_string("/proc/self/comm").unwrap();
+    let held = format!("held by {} (pid {})", name.trim_end(), std::process::id());
+    let output = up.output();
+    assert!(
+        output.contains(&held) && output.contains("79.0 GiB"),
+        "{output}"
+    );
+    site.assert_nothing_left(GONE_LIMIT).await;
+}

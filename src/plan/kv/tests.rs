@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::fleet::Role;
-use crate::host::{Gpu, Memlock, MemoryFacts, NvmlStatus};
+use crate::host::{Gpu, Memlock, MemoryFacts};
 
 const GIB: u64 = 1 << 30;
 /// 2 MiB pages in a GiB.
@@ -32,10 +32,8 @@ fn host() -> HostSnapshot {
         index,
         uuid: format!("GPU-{index}"),
         name: "H200".to_owned(),
-        memory_total: None,
-        memory_free: None,
-        mig: false,
         numa_node: Some(index / 2),
+        ..Gpu::default()
     };
     HostSnapshot {
         cpus: vec![0, 1, 2, 3],
@@ -46,7 +44,7 @@ fn host() -> HostSnapshot {
             ..MemoryFacts::default()
         },
         gpus: (0..4).map(gpu).collect(),
-        nvml: NvmlStatus::Available,
+        ..HostSnapshot::default()
     }
 }
 
