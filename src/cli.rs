@@ -1,13 +1,17 @@
 //! The command line: parse, dispatch, exit code. [`up`] is the only place where the supervisor, the
 //! engine and the router meet.
 
+mod client;
 mod completions;
 mod exit;
 mod init;
 mod kv;
 mod leftovers;
+mod logs;
 mod prepare;
 mod ready;
+mod status;
+mod stop;
 mod topology_args;
 mod up;
 
@@ -17,6 +21,8 @@ use std::process::ExitCode;
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 pub use exit::Exit;
+
+use client::{converse, print};
 
 use crate::observe::{Console, LogFormat};
 use crate::shutdown::{Shutdown, SignalListener};
@@ -38,6 +44,14 @@ enum Command {
     Up(Target),
     /// Install the runtime and fetch the model that a topology needs, and stop there.
     Prepare(Target),
+    /// Show what a running `up` is doing: its nodes, their phases, why one died.
+    Status(status::StatusArgs),
+    /// Show what the nodes write, or wrote before the end.
+    Logs(logs::LogsArgs),
+    /// Tell a running `up` to finish running requests and end.
+    Stop(stop::StopArgs),
+    /// Stop, and wait until nothing is left.
+    Down(stop::DownArgs),
     /// Look at the KV store of a running `up`, or empty it.
     Kv(kv::KvArgs),
     /// Write a topology for this machine: its GPUs in pairs, or its CPUs.
@@ -66,10 +80,14 @@ pub fn main() -> ExitCode {
         Command::Guard(args) => guard_main(args),
         Command::Up(target) => run(&target, up::up),
         Command::Prepare(target) => run(&target, prepare::prepare),
-        Command::Kv(args) => ended(kv::kv(&args)),
+        Command::Status(args) => ended(converse(status::status(args))),
+        Command::Logs(args) => ended(converse(logs::logs(args))),
+        Command::Stop(args) => ended(converse(stop::stop(args))),
+        Command::Down(args) => ended(converse(stop::down(args))),
+        Command::Kv(args) => ended(converse(kv::kv(args))),
         Command::Init(args) => ended(init::init(&args)),
-        Command::Completions(args) => ended(print(&completions::script(&args, Cli::command()))),
-        Command::Schema => ended(print(&format!("{:#}\n", crate::topology::schema()))),
+        Command::Completions(args) => ended(print(completions::script(&args, Cli::command()))),
+        Command::Schema => ended(print(format!("{:#}\n", crate::topology::schema()))),
     }
 }
 
@@ -78,16 +96,10 @@ fn ended(outcome: Result<(), Exit>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(exit) => {
-            let _ = writeln!(std::io::stderr(), "error: {exit}");
+            exit.report();
             exit.code()
         }
     }
-}
-
-fn print(text: &str) -> Result<(), Exit> {
-    std::io::stdout()
-        .write_all(text.as_bytes())
-        .map_err(|error| Exit::failed("cannot write to stdout", error))
 }
 
 /// What a command has at hand.

@@ -1,11 +1,15 @@
-//! The control API: HTTP on a Unix socket in the run directory, for `pegaflow kv` and for scripts.
+//! The control API: HTTP on a Unix socket in the run directory, for `pegaflow status` and its like,
+//! and for scripts.
 //!
 //! ```text
-//! curl --unix-socket $RUN/control.sock http://pegaflow/v1/kv
+//! curl --unix-socket $RUN/control.sock http://pegaflow/v1/status
 //! ```
 //!
 //! | path | |
 //! |---|---|
+//! | `GET /v1/status` | the instance and its nodes: see [`Status`] |
+//! | `GET /v1/logs`, `GET /v1/logs/NODE` | their last lines; `?lines=100&follow=true` |
+//! | `POST /v1/stop` | as Ctrl-C does; with `?force=true` as the second one does |
 //! | `GET /v1/fleet` | the nodes: role, phase, address, pid, why |
 //! | `GET /v1/kv` | the store's figures |
 //! | `GET /v1/kv/namespaces` | what makes stored bytes interchangeable, and who uses it |
@@ -13,20 +17,25 @@
 //! | `POST /v1/kv/flush` | evicts every chunk that nothing holds |
 //!
 //! The socket is 0600 in a 0700 directory: whoever reaches it may do all this. It answers from before
-//! the nodes start until everything else has stopped.
+//! the nodes start until everything else has stopped. A refusal is `{"error": "..."}`.
+
+mod logs;
+mod status;
 
 use std::fs::Permissions;
 use std::io;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use axum::extract::State;
+use axum::extract::{Path as PathParameter, Query, State as Shared};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use http::StatusCode;
+use serde::Deserialize;
 use serde_json::json;
 use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
@@ -34,9 +43,17 @@ use tokio_util::sync::CancellationToken;
 
 use crate::engine::Engine;
 use crate::fleet::FleetWatch;
+use crate::shutdown::Shutdown;
+use crate::traffic::Traffic;
+
+pub use logs::LogFeed;
+pub use status::{About, Devices, NodeStatus, State, Status, rfc3339, seconds};
 
 /// How long a request that runs may still take when everything ends.
 const LAST_REQUESTS: Duration = Duration::from_secs(1);
+
+/// The name of pegaflow's own log, where it has one.
+pub const OWN_LOG: &str = "pegaflow";
 
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
@@ -47,7 +64,13 @@ pub enum ControlError {
 /// What the API speaks of.
 #[derive(Clone)]
 pub struct ControlDeps {
+    pub about: Arc<About>,
     pub fleet: FleetWatch,
+    pub traffic: Traffic,
+    /// Where a stop goes.
+    pub shutdown: Shutdown,
+    /// The first start has been settled.
+    pub started: Arc<AtomicBool>,
     /// `None`: the topology shares no KV.
     pub engine: Option<Arc<Engine>>,
 }
@@ -70,7 +93,11 @@ impl Control {
         let listener = UnixListener::bind(path).map_err(failed)?;
         std::fs::set_permissions(path, Permissions::from_mode(0o600)).map_err(failed)?;
         let stop = CancellationToken::new();
-        let serving = axum::serve(listener, routes(deps))
+        let api = Api {
+            deps,
+            end: stop.clone(),
+        };
+        let serving = axum::serve(listener, routes(api))
             .with_graceful_shutdown(stop.clone().cancelled_owned());
         let task = tokio::spawn(async move {
             if let Err(error) = serving.await {
@@ -103,8 +130,19 @@ impl Drop for Control {
     }
 }
 
-fn routes(deps: ControlDeps) -> Router {
+#[derive(Clone)]
+struct Api {
+    deps: ControlDeps,
+    /// Ends what would never end by itself.
+    end: CancellationToken,
+}
+
+fn routes(api: Api) -> Router {
     Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/logs", get(all_logs))
+        .route("/v1/logs/{node}", get(node_logs))
+        .route("/v1/stop", post(stop))
         .route("/v1/fleet", get(fleet))
         .route("/v1/kv", get(|state| kv(state, Engine::stats)))
         .route(
@@ -113,28 +151,127 @@ fn routes(deps: ControlDeps) -> Router {
         )
         .route("/v1/kv/inspect", get(|state| kv(state, Engine::inspect)))
         .route("/v1/kv/flush", post(|state| kv(state, Engine::flush)))
-        .with_state(deps)
+        .with_state(api)
 }
 
-async fn fleet(State(deps): State<ControlDeps>) -> Response {
+impl ControlDeps {
+    fn state(&self) -> State {
+        if self.shutdown.graceful().is_cancelled() {
+            State::Stopping
+        } else if self.started.load(Ordering::Relaxed) {
+            State::of(self.fleet.borrow().service())
+        } else {
+            State::Starting
+        }
+    }
+}
+
+async fn status(Shared(api): Shared<Api>) -> Response {
+    let deps = &api.deps;
     let fleet = deps.fleet.borrow().clone();
+    let in_flight = deps.traffic.in_flight();
+    Json(Status::new(&deps.about, deps.state(), &fleet, &in_flight)).into_response()
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct LogQuery {
+    lines: usize,
+    follow: bool,
+}
+
+impl Default for LogQuery {
+    fn default() -> Self {
+        Self {
+            lines: 100,
+            follow: false,
+        }
+    }
+}
+
+async fn all_logs(Shared(api): Shared<Api>, Query(query): Query<LogQuery>) -> Response {
+    let nodes = node_names(&api);
+    send_logs(&api, nodes, &query).await
+}
+
+async fn node_logs(
+    Shared(api): Shared<Api>,
+    PathParameter(node): PathParameter<String>,
+    Query(query): Query<LogQuery>,
+) -> Response {
+    let nodes = node_names(&api);
+    // A detached pegaflow logs beside its nodes.
+    if !nodes.contains(&node) && node != OWN_LOG {
+        let known = nodes.join(", ");
+        let error = format!("there is no node `{node}`; there are: {known}");
+        return refuse(StatusCode::NOT_FOUND, &error);
+    }
+    send_logs(&api, vec![node], &query).await
+}
+
+fn node_names(api: &Api) -> Vec<String> {
+    let fleet = api.deps.fleet.borrow();
+    fleet.nodes().map(|node| node.id.to_string()).collect()
+}
+
+async fn send_logs(api: &Api, nodes: Vec<String>, query: &LogQuery) -> Response {
+    let (about, lines) = (api.deps.about.clone(), query.lines);
+    let open = move || LogFeed::open(&about.logs, &nodes, lines);
+    match tokio::task::spawn_blocking(open).await {
+        Ok(Ok((feed, history))) => {
+            let follow = query.follow.then(|| api.end.clone());
+            logs::reply(feed, history, follow)
+        }
+        Ok(Err(error)) => {
+            let dir = api.deps.about.logs.display();
+            let error = format!("cannot read the logs in {dir}: {error}");
+            refuse(StatusCode::INTERNAL_SERVER_ERROR, &error)
+        }
+        Err(panic) => refuse(StatusCode::INTERNAL_SERVER_ERROR, &panic.to_string()),
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct StopQuery {
+    force: bool,
+}
+
+async fn stop(Shared(api): Shared<Api>, Query(query): Query<StopQuery>) -> Response {
+    let shutdown = &api.deps.shutdown;
+    shutdown.begin();
+    if query.force {
+        tracing::warn!("told to stop, by force: killing everything now");
+        shutdown.advance();
+    } else {
+        tracing::info!("told to stop: stopping");
+    }
+    let body = Json(json!({ "state": State::Stopping }));
+    (StatusCode::ACCEPTED, body).into_response()
+}
+
+async fn fleet(Shared(api): Shared<Api>) -> Response {
+    let fleet = api.deps.fleet.borrow().clone();
     Json(&*fleet).into_response()
 }
 
 async fn kv<T: serde::Serialize>(
-    State(deps): State<ControlDeps>,
+    Shared(api): Shared<Api>,
     read: impl FnOnce(&Engine) -> T,
 ) -> Response {
-    match &deps.engine {
+    match &api.deps.engine {
         None => {
             let error = "this topology has no store: all of its nodes are unified";
-            (StatusCode::NOT_FOUND, Json(json!({ "error": error }))).into_response()
+            refuse(StatusCode::NOT_FOUND, error)
         }
         Some(engine) if !engine.is_running() => {
             let error = "the store is turned off after a fault; pegaflow's log says which";
-            let body = Json(json!({ "error": error }));
-            (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
+            refuse(StatusCode::SERVICE_UNAVAILABLE, error)
         }
         Some(engine) => Json(read(engine)).into_response(),
     }
+}
+
+fn refuse(status: StatusCode, error: &str) -> Response {
+    (status, Json(json!({ "error": error }))).into_response()
 }

@@ -209,6 +209,15 @@ impl NodeView {
     }
 }
 
+/// See [`FleetSnapshot::service`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Service {
+    /// Hand-offs, or every unified node where there is nothing to hand off.
+    Full,
+    Degraded,
+    Down,
+}
+
 /// All nodes at one moment, ordered by name.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct FleetSnapshot {
@@ -239,6 +248,18 @@ impl FleetSnapshot {
     pub fn has_decode_for(&self, prefill: &NodeView) -> bool {
         let mut decode = self.proven(Role::Decode);
         decode.any(|node| node.pool == prefill.pool)
+    }
+
+    /// How much of what the topology asks for is served now.
+    pub fn service(&self) -> Service {
+        let unified_only = self.nodes().all(|node| node.role == Role::Unified);
+        if self.can_split() || unified_only && self.nodes().all(NodeView::is_ready) {
+            Service::Full
+        } else if self.nodes().any(NodeView::is_ready) {
+            Service::Degraded
+        } else {
+            Service::Down
+        }
     }
 
     fn proven(&self, role: Role) -> impl Iterator<Item = &NodeView> {

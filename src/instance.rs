@@ -12,6 +12,7 @@
 //!  └───────────────────────── the kernel drops the lock of a killed holder ◀──────────┘
 //! ```
 
+mod find;
 mod place;
 mod shim;
 
@@ -23,6 +24,7 @@ use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
+pub use find::{all_running, last_logs, logs_of};
 pub use place::Places;
 
 const LOCK: &str = "lock";
@@ -83,7 +85,7 @@ fn describe(info: Option<&InstanceInfo>) -> String {
     };
     let url = info.url.as_deref().unwrap_or("not ready yet");
     format!(
-        ": pid {}, {url}, {}; stop it with Ctrl-C there, or with SIGTERM to that pid",
+        ": pid {}, {url}, {}; stop it with Ctrl-C there, or with `pegaflow down`",
         info.pid,
         info.topology.display()
     )
@@ -105,6 +107,7 @@ pub struct Instance {
     dir: PathBuf,
     logs: PathBuf,
     follows_a_killed_one: bool,
+    started: SystemTime,
     /// `None` once released.
     lock: Option<File>,
 }
@@ -135,6 +138,7 @@ impl Instance {
                         dir,
                         logs,
                         follows_a_killed_one,
+                        started: info.started,
                         lock: Some(lock),
                     };
                     wipe(&instance.dir)?;
@@ -154,6 +158,10 @@ impl Instance {
 
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    pub fn started(&self) -> SystemTime {
+        self.started
     }
 
     /// The last one under this name left its run directory behind.

@@ -39,3 +39,4 @@ pub mod runtime;
 pub mod shutdown;
 pub mod supervise;
 pub mod topology;
+pub mod traffic;

@@ -12,6 +12,7 @@
 
 mod console;
 mod sink;
+mod tail;
 
 use std::io;
 
@@ -23,6 +24,7 @@ use tracing_subscriber::util::TryInitError;
 
 pub use console::{Console, ProgressHandle};
 pub use sink::Style;
+pub use tail::{Tail, logs_in};
 
 /// The variable that filters log lines, in the syntax of tracing's `EnvFilter`.
 pub const LOG_VARIABLE: &str = "PEGAFLOW_LOG";

@@ -45,6 +45,7 @@ use crate::fleet::FleetWatch;
 use crate::handoff::HandoffBoard;
 use crate::plan::RouterPlan;
 use crate::shutdown::Shutdown;
+use crate::traffic::Traffic;
 
 pub use error::RouterError;
 pub use legs::LegError;
@@ -58,6 +59,7 @@ pub struct RouterDeps {
     pub served_model: String,
     pub fleet: FleetWatch,
     pub board: HandoffBoard,
+    pub traffic: Traffic,
     pub metrics: RouterMetrics,
     /// What `GET /metrics` prints.
     pub registry: Arc<Registry>,
@@ -86,7 +88,7 @@ struct Context {
     board: HandoffBoard,
     metrics: RouterMetrics,
     registry: Arc<Registry>,
-    balancer: balance::Balancer,
+    traffic: Traffic,
     admission: admission::Admission,
     client: legs::Client,
     /// Prefill replies that are read after their hand-off.
@@ -102,7 +104,6 @@ impl Context {
     fn new(deps: RouterDeps, shutdown: &Shutdown) -> Result<Self, RouterError> {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         Ok(Self {
-            balancer: balance::Balancer::default(),
             admission: admission::Admission::new(&deps.plan, &deps.metrics),
             client: legs::Client::new(&deps.plan).map_err(RouterError::Client)?,
             background: TaskTracker::new(),
@@ -113,6 +114,7 @@ impl Context {
             served_model: deps.served_model,
             fleet: deps.fleet,
             board: deps.board,
+            traffic: deps.traffic,
             metrics: deps.metrics,
             registry: deps.registry,
         })

@@ -21,6 +21,7 @@ const LAYERS: &[&[&str]] = &[
     &["observe"],
     &["plan"],
     &["runtime", "model", "instance", "host", "topology"],
+    &["traffic"],
     &["fleet", "handoff", "shutdown"],
 ];
 

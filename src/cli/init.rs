@@ -68,7 +68,7 @@ pub fn init(args: &InitArgs) -> Result<(), Exit> {
         }
     })?;
     let file = args.output.display();
-    print(&format!(
+    print(format!(
         "{file}: {}\nNext: pegaflow up {file}\n",
         draft.summary
     ))

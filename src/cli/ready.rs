@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
-use crate::fleet::{FleetSnapshot, FleetWatch, KvTrust, NodeId, NodeView, Phase, Role};
+use crate::fleet::{FleetSnapshot, FleetWatch, KvTrust, NodeId, Phase, Role, Service};
 use crate::observe::{Console, ProgressHandle};
 use crate::plan::Plan;
 
@@ -94,9 +94,9 @@ pub async fn progress(console: Console, fleet: FleetWatch) {
 
 /// After the start: says when the fleet stops handing off or serving, and when it does again.
 pub async fn narrate(mut fleet: FleetWatch) {
-    let mut last = service(&fleet.borrow_and_update().clone());
+    let mut last = fleet.borrow_and_update().service();
     while fleet.changed().await.is_ok() {
-        let now = service(&fleet.borrow_and_update().clone());
+        let now = fleet.borrow_and_update().service();
         if now == last {
             continue;
         }
@@ -108,25 +108,6 @@ pub async fn narrate(mut fleet: FleetWatch) {
             Service::Down => tracing::warn!("no node serves; requests wait for one"),
         }
         last = now;
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Service {
-    /// Hand-offs, or every unified node where there is nothing to hand off.
-    Full,
-    Degraded,
-    Down,
-}
-
-fn service(fleet: &FleetSnapshot) -> Service {
-    let unified_only = fleet.nodes().all(|node| node.role == Role::Unified);
-    if fleet.can_split() || unified_only && fleet.nodes().all(NodeView::is_ready) {
-        Service::Full
-    } else if fleet.nodes().any(NodeView::is_ready) {
-        Service::Degraded
-    } else {
-        Service::Down
     }
 }
 
@@ -214,18 +195,18 @@ mod tests {
         use KvTrust::{None, Proven, Unproven};
         let pair = |p, d| {
             let prefill = ("p", Role::Prefill, Phase::Ready, p);
-            service(&fleet(&[prefill, ("d", Role::Decode, Phase::Ready, d)]))
+            fleet(&[prefill, ("d", Role::Decode, Phase::Ready, d)]).service()
         };
         assert_eq!(pair(Proven, Proven), Service::Full);
         assert_eq!(pair(Proven, Unproven), Service::Degraded);
         let unified = |phase| {
             let one = ("a", Role::Unified, Phase::Ready, None);
-            service(&fleet(&[one, ("b", Role::Unified, phase, None)]))
+            fleet(&[one, ("b", Role::Unified, phase, None)]).service()
         };
         assert_eq!(unified(Phase::Ready), Service::Full);
         assert_eq!(unified(Phase::Starting), Service::Degraded);
         let down = fleet(&[("a", Role::Unified, Phase::Unreachable, None)]);
-        assert_eq!(service(&down), Service::Down);
+        assert_eq!(down.service(), Service::Down);
     }
 
     #[test]

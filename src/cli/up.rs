@@ -10,9 +10,10 @@
 //! The way down is the way up in reverse: the router takes nothing new and drains, then the nodes
 //! stop, then the engine (whose arena they had mapped), then the run directory goes.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Write as _;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
@@ -23,7 +24,7 @@ use super::leftovers::host_that_fits;
 use super::prepare::{Installed, Run, guard_program, install};
 use super::ready::{self, Start};
 use super::{Context, Exit};
-use crate::control::{Control, ControlDeps};
+use crate::control::{About, Control, ControlDeps, Devices};
 use crate::engine::{Engine, EngineConfig};
 use crate::fleet::{FleetPublisher, FleetWatch, NodeId, NodeView};
 use crate::handoff::HandoffBoard;
@@ -34,6 +35,7 @@ use crate::plan::{Device, Plan};
 use crate::router::{self, RouterDeps, RouterMetrics};
 use crate::shutdown::Shutdown;
 use crate::supervise::{self, CanaryPlan, LogSink, StoreSessions, SupervisorDeps};
+use crate::traffic::Traffic;
 
 /// How long the engine's thread may take to end once its sessions are gone.
 const ENGINE_STOP: Duration = Duration::from_secs(5);
@@ -102,8 +104,14 @@ async fn serve(
             NodeView::pending(node.id.clone(), node.role, node.addr).in_pool(&node.pool)
         }));
 
+    let traffic = Traffic::default();
+    let started = Arc::new(AtomicBool::new(false));
     let control = ControlDeps {
+        about: Arc::new(about(cx, plan, instance)),
         fleet: fleet.watch(),
+        traffic: traffic.clone(),
+        shutdown: cx.shutdown.clone(),
+        started: started.clone(),
         engine: engine.clone(),
     };
     let control = Control::start(&instance.control_socket(), control)
@@ -129,6 +137,7 @@ async fn serve(
         served_model: plan.model.served_name.clone(),
         fleet: fleet.watch(),
         board,
+        traffic,
         metrics,
         registry: Arc::new(registry),
     };
@@ -140,7 +149,7 @@ async fn serve(
         helpers.spawn(forget_the_gone(engine.clone(), fleet.watch()));
     }
 
-    let outcome = watch_start(cx, plan, fleet.watch(), instance).await;
+    let outcome = watch_start(cx, plan, fleet.watch(), instance, &started).await;
 
     cx.shutdown.begin();
     let routed = router.await;
@@ -188,6 +197,23 @@ fn start_engine(
     Ok(Some(Arc::new(engine)))
 }
 
+fn about(cx: &Context, plan: &Plan, instance: &Instance) -> About {
+    let devices = plan.nodes.iter().map(|node| {
+        let (gpus, cpus) = (node.gpus.clone(), node.cpus.clone());
+        (node.id.clone(), Devices { gpus, cpus })
+    });
+    let file = &cx.topology.topology;
+    About {
+        name: plan.name.clone(),
+        url: format!("http://{}", plan.router.listen),
+        model: plan.model.served_name.clone(),
+        topology: std::path::absolute(file).unwrap_or_else(|_| file.clone()),
+        logs: instance.log_dir().to_owned(),
+        started: instance.started(),
+        devices: devices.collect::<BTreeMap<_, _>>(),
+    }
+}
+
 fn canary(plan: &Plan) -> CanaryPlan {
     CanaryPlan {
         served_model: plan.model.served_name.clone(),
@@ -229,6 +255,7 @@ async fn watch_start(
     plan: &Plan,
     fleet: FleetWatch,
     instance: &Instance,
+    started: &AtomicBool,
 ) -> Result<(), Exit> {
     let end = cx.shutdown.graceful();
     let _shown = AbortOnDrop(tokio::spawn(ready::progress(
@@ -254,6 +281,7 @@ async fn watch_start(
         }
         Start::Ready | Start::Waiting => {}
     }
+    started.store(true, Ordering::Relaxed);
     let snapshot = fleet.borrow().clone();
     let _narrator = AbortOnDrop(tokio::spawn(ready::narrate(fleet.clone())));
     announce(

@@ -61,7 +61,7 @@ impl Places {
     }
 }
 
-fn check_name(name: &str) -> Result<(), InstanceError> {
+pub(super) fn check_name(name: &str) -> Result<(), InstanceError> {
     let known = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
     let fits = (1..=NAME_BYTES).contains(&name.len()) && !name.starts_with('.');
     if fits && name.chars().all(known) {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::{Instant, timeout_at};
 
-use super::balance::Pick;
+use super::balance::{Pick, pick};
 use super::error::RouterError;
 use super::handoff::Prefilled;
 use super::legs::{self, Leg, LegError, Reply};
@@ -111,7 +111,7 @@ pub(super) async fn deliver(
             },
             phase = legs::lost(cx.fleet.clone(), &pick, SILENCE) => LegError::NodeLost { phase },
         };
-        tracing::warn!(node = %pick.id, id = call.caller.id, %error, "a leg failed before its first byte");
+        tracing::warn!(node = %pick.node(), id = call.caller.id, %error, "a leg failed before its first byte");
         choice.failed(&pick, error);
     }
 }
@@ -181,13 +181,13 @@ impl Choice {
             let proven = |node: &&NodeView| {
                 fresh(node) && node.can_hand_off() && task.suits(node.role, &node.pool)
             };
-            if let Some(pick) = cx.balancer.pick(fleet.ready(Role::Decode).filter(proven)) {
+            if let Some(pick) = pick(&cx.traffic, fleet.ready(Role::Decode).filter(proven)) {
                 return Some(pick);
             }
         }
         task.roles()
             .into_iter()
-            .find_map(|role| cx.balancer.pick(fleet.ready(role).filter(fresh)))
+            .find_map(|role| pick(&cx.traffic, fleet.ready(role).filter(fresh)))
     }
 
     fn has_tried(&self, node: &NodeView) -> bool {
@@ -218,9 +218,9 @@ impl Choice {
         if forgivable {
             self.forgiven = true;
         } else {
-            self.tried.push((pick.id.clone(), pick.incarnation));
+            self.tried.push((pick.node().clone(), pick.incarnation));
         }
-        self.last = Some((pick.id.clone(), error));
+        self.last = Some((pick.node().clone(), error));
     }
 
     fn give_up(&mut self, cx: &Context) -> RouterError {

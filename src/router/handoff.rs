@@ -21,7 +21,7 @@ use std::time::Duration;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep_until};
 
-use super::balance::Pick;
+use super::balance::{self, Pick};
 use super::legs::{self, CompleteReply, Leg, LegError, Reply};
 use super::split;
 use super::{Call, Context};
@@ -109,7 +109,7 @@ fn pick(cx: &Context, tried: &[Tried]) -> Option<Pick> {
                 .iter()
                 .any(|(id, incarnation)| *id == node.id && *incarnation == node.incarnation)
     };
-    cx.balancer.pick(fleet.ready(Role::Prefill).filter(fresh))
+    balance::pick(&cx.traffic, fleet.ready(Role::Prefill).filter(fresh))
 }
 
 enum Event {
@@ -181,7 +181,7 @@ impl Attempt {
     }
 
     fn pick_id(&self) -> &crate::fleet::NodeId {
-        &self.pick.id
+        self.pick.node()
     }
 
     fn into_prefilled(self, cx: &Context, cancel: bool) -> Prefilled {
@@ -202,7 +202,7 @@ impl Attempt {
     }
 
     fn into_tried(self) -> Tried {
-        (self.pick.id.clone(), self.pick.incarnation)
+        (self.pick.node().clone(), self.pick.incarnation)
     }
 }
 
@@ -233,7 +233,7 @@ impl Background {
         let task = cx.background.spawn(async move {
             let outcome = stop.run_until_cancelled(leg).await;
             if let Some(Err(error)) = outcome {
-                tracing::debug!(node = %pick.id, %error, "prefill's reply was lost after its hand-off");
+                tracing::debug!(node = %pick.node(), %error, "prefill's reply was lost after its hand-off");
             }
         });
         Self {

@@ -302,7 +302,7 @@ pub(super) async fn lost(mut fleet: FleetWatch, pick: &Pick, silence: Duration) 
 }
 
 fn departure(fleet: &FleetSnapshot, pick: &Pick) -> Option<&'static str> {
-    match fleet.node(&pick.id) {
+    match fleet.node(pick.node()) {
         None => Some("removed"),
         Some(node) if node.incarnation != pick.incarnation => Some("restarted"),
         Some(node) => match node.phase {

@@ -241,7 +241,7 @@ async fn status(State(cx): Shared) -> Response {
         "fleet": *fleet,
         "in_flight": cx.admission.in_flight(),
         "queued": cx.admission.queued(),
-        "in_flight_by_node": cx.balancer.in_flight(),
+        "in_flight_by_node": cx.traffic.in_flight(),
         "handoffs_waiting": cx.board.waiting(),
         "draining": cx.draining.is_cancelled(),
     }))

@@ -283,7 +283,7 @@ impl Body for ReplyBody {
             }
         };
         if let Some((_, held)) = &this.running {
-            tracing::warn!(node = %held.pick.id, %error, "a stream broke off");
+            tracing::warn!(node = %held.pick.node(), %error, "a stream broke off");
         }
         this.end(Outcome::BrokenOff);
         Poll::Ready(Some(Ok(Frame::data(error_event(&error)))))

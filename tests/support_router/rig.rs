@@ -10,6 +10,7 @@ use pegaflow::handoff::HandoffBoard;
 use pegaflow::plan::RouterPlan;
 use pegaflow::router::{RouterDeps, RouterError, RouterMetrics, serve};
 use pegaflow::shutdown::Shutdown;
+use pegaflow::traffic::Traffic;
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -70,6 +71,7 @@ impl Rig {
             served_model: "tiny".to_owned(),
             fleet: fleet.watch(),
             board: board.clone(),
+            traffic: Traffic::default(),
             metrics: RouterMetrics::register(&mut registry),
             registry: Arc::new(registry),
         };

@@ -7,6 +7,7 @@
     clippy::panic
 )]
 
+mod commands;
 mod ending;
 #[path = "../fake_nvml/mod.rs"]
 mod fake_nvml;

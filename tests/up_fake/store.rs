@@ -130,7 +130,7 @@ async fn a_store_that_does_not_run_is_said_so() {
         tokio::process::Command::from(site.command(&["kv", "stats", "nobody"])).output(),
     );
     let output = output.await.unwrap().unwrap();
-    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(output.status.code(), Some(6), "6: not running");
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(errors.contains("`nobody` is not running"), "{errors}");
 }

@@ -1,0 +1,100 @@
+//! `pegaflow logs`: what the nodes wrote, through the control API, or out of their files when the
+//! instance is gone.
+
+use std::path::Path;
+
+use anyhow::anyhow;
+use clap::Args;
+
+use super::Exit;
+use super::client::{Instance, Named, machine, name_of, note, print};
+use crate::control::{LogFeed, OWN_LOG};
+use crate::instance;
+use crate::observe;
+
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    /// The node; without it, all nodes, each line with its node's name. `pegaflow`: the log of a
+    /// detached pegaflow itself
+    node: Option<String>,
+    #[command(flatten)]
+    which: Named,
+    /// Go on with what is written from now on, until the instance ends
+    #[arg(short, long)]
+    follow: bool,
+    /// How many of the last lines of each node
+    #[arg(short = 'n', long, default_value_t = 100)]
+    lines: usize,
+}
+
+pub async fn logs(args: LogsArgs) -> Result<(), Exit> {
+    let name = args.which.name.as_deref();
+    let error = match open(&args, name).await {
+        Ok((instance, reply)) => return pass_on(&instance, reply).await,
+        Err(Exit::NotRunning(error)) => error,
+        Err(exit) => return Err(exit),
+    };
+    let name = name.map(name_of).transpose()?;
+    from_files(&args, name).map_err(|exit| match exit {
+        Exit::NotRunning(files) => Exit::NotRunning(error.context(files)),
+        other => other,
+    })
+}
+
+async fn open(args: &LogsArgs, name: Option<&Path>) -> Result<(Instance, reqwest::Response), Exit> {
+    let instance = Instance::find(name)?;
+    let (lines, follow) = (args.lines, args.follow);
+    let node = args.node.as_deref().map(path_part).unwrap_or_default();
+    let path = format!("/v1/logs{node}?lines={lines}&follow={follow}");
+    let reply = instance.stream(&path).await?;
+    Ok((instance, reply))
+}
+
+async fn pass_on(instance: &Instance, mut reply: reqwest::Response) -> Result<(), Exit> {
+    while let Some(text) = reply.chunk().await.map_err(|e| instance.silent(e))? {
+        print(&text)?;
+    }
+    Ok(())
+}
+
+/// As one segment of a path; a node's name needs no escapes, and anything else is no node's name.
+fn path_part(node: &str) -> String {
+    let escaped: String = node
+        .bytes()
+        .map(|byte| match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => char::from(byte).to_string(),
+            byte => format!("%{byte:02X}"),
+        })
+        .collect();
+    format!("/{escaped}")
+}
+
+fn from_files(args: &LogsArgs, name: Option<String>) -> Result<(), Exit> {
+    let found = match name {
+        Some(name) => instance::logs_of(&name)
+            .map_err(machine)?
+            .map(|dir| (name, dir)),
+        None => instance::last_logs().map_err(machine)?,
+    };
+    let Some((name, dir)) = found else {
+        return Err(Exit::NotRunning(anyhow!("there are no logs")));
+    };
+    note(&format!(
+        "{name} has no nodes now; its logs are in {}",
+        dir.display()
+    ));
+    let failed = |error| Exit::failed("cannot read the logs", error);
+    let nodes = observe::logs_in(&dir).map_err(failed)?;
+    let nodes = match &args.node {
+        None => nodes.into_iter().filter(|node| node != OWN_LOG).collect(),
+        Some(node) if nodes.contains(node) => vec![node.clone()],
+        Some(node) => {
+            let nodes = nodes.join(", ");
+            return Err(Exit::Failed(anyhow!(
+                "`{name}` has no log of `{node}`; it has logs of: {nodes}"
+            )));
+        }
+    };
+    let (_, text) = LogFeed::open(&dir, &nodes, args.lines).map_err(failed)?;
+    print(&text)
+}
