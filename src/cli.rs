@@ -8,6 +8,7 @@ mod init;
 mod kv;
 mod leftovers;
 mod logs;
+mod plan;
 mod prepare;
 mod ready;
 mod status;
@@ -44,6 +45,8 @@ enum Command {
     Up(Target),
     /// Install the runtime and fetch the model that a topology needs, and stop there.
     Prepare(Target),
+    /// Show what `up` would run here, and start nothing: GPUs, cores, memory, command lines.
+    Plan(plan::PlanArgs),
     /// Show what a running `up` is doing: its nodes, their phases, why one died.
     Status(status::StatusArgs),
     /// Show what the nodes write, or wrote before the end.
@@ -85,6 +88,7 @@ pub fn main() -> ExitCode {
         Command::Stop(args) => ended(converse(stop::stop(args))),
         Command::Down(args) => ended(converse(stop::down(args))),
         Command::Kv(args) => ended(converse(kv::kv(args))),
+        Command::Plan(args) => ended(plan::plan(&args)),
         Command::Init(args) => ended(init::init(&args)),
         Command::Completions(args) => ended(print(completions::script(&args, Cli::command()))),
         Command::Schema => ended(print(format!("{:#}\n", crate::topology::schema()))),

@@ -5,6 +5,9 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sched::{CpuSet, sched_getaffinity};
@@ -89,6 +92,14 @@ pub enum HostError {
         "found {found} of {wanted} free port ranges on 127.0.0.1; write `port` in the [[node]]s"
     )]
     Ports { wanted: usize, found: usize },
+    #[error("cannot start a thread: {0}")]
+    Thread(#[source] io::Error),
+    #[error(
+        "the GPU driver has not answered for {} s: look for Xid and nvidia in the kernel's log \
+         (dmesg), see whether nvidia-smi answers, and reboot if it does not",
+        limit.as_secs()
+    )]
+    Silent { limit: Duration },
 }
 
 impl HostSnapshot {
@@ -108,6 +119,20 @@ impl HostSnapshot {
             nvml: found.nvml,
         })
     }
+}
+
+/// [`HostSnapshot::take`] on a thread that is left behind if the GPU driver hangs.
+pub fn look_within(limit: Duration) -> Result<HostSnapshot, HostError> {
+    let (sender, receiver) = mpsc::sync_channel(1);
+    let look = move || {
+        // Nobody listens any more after the limit.
+        let _ = sender.send(HostSnapshot::take());
+    };
+    let thread = thread::Builder::new().name("host".to_owned()).spawn(look);
+    thread.map_err(HostError::Thread)?;
+    receiver
+        .recv_timeout(limit)
+        .unwrap_or(Err(HostError::Silent { limit }))
 }
 
 fn cores() -> Result<Vec<usize>, HostError> {

@@ -197,7 +197,7 @@ impl Instance {
 
     /// Where PegaEngine listens.
     pub fn engine_socket(&self) -> PathBuf {
-        self.dir.join("engine.sock")
+        engine_socket(&self.dir)
     }
 
     /// Where the control API listens.
@@ -207,7 +207,7 @@ impl Instance {
 
     /// Where [`Instance::unpack_shim`] writes: the nodes' PYTHONPATH.
     pub fn shim_dir(&self) -> PathBuf {
-        self.dir.join("shim")
+        shim_dir(&self.dir)
     }
 
     /// Writes the embedded Python packages to [`Instance::shim_dir`].
@@ -239,6 +239,26 @@ impl Drop for Instance {
             tracing::warn!("the run directory was not removed: {error}");
         }
     }
+}
+
+/// [`Instance::engine_socket`] of the one that has this run directory.
+pub fn engine_socket(run_dir: &Path) -> PathBuf {
+    run_dir.join("engine.sock")
+}
+
+/// [`Instance::shim_dir`] of the one that has this run directory.
+pub fn shim_dir(run_dir: &Path) -> PathBuf {
+    run_dir.join("shim")
+}
+
+/// A file of the embedded Python packages.
+pub fn shim_file(path: &str) -> Option<&'static [u8]> {
+    shim::file(path)
+}
+
+/// The run directory that an instance of this name would have; it is not made.
+pub fn run_dir(name: &str) -> Result<PathBuf, InstanceError> {
+    Places::from_env()?.run_dir(name)
 }
 
 /// Writes the embedded Python packages into a directory of the caller's choice.

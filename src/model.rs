@@ -132,6 +132,21 @@ pub async fn resolve(
     }
 }
 
+/// What [`resolve`] would end with, without running or downloading anything; `None`: the model is not
+/// here yet.
+pub fn find(model: &ModelRef) -> Result<Option<ModelFacts>, ModelError> {
+    match model {
+        ModelRef::BuiltinTiny => {
+            let cache = cache_root().ok_or(ModelError::NoCacheDir)?;
+            builtin::cached(&cache)
+                .map(|dir| local::facts(&dir))
+                .transpose()
+        }
+        ModelRef::Path(dir) => local::facts(dir).map(Some),
+        ModelRef::HuggingFace(id) => hub::find(id),
+    }
+}
+
 /// `builtin:tiny` in a cache of the caller's choice.
 pub async fn builtin_tiny(
     interpreter: &Path,

@@ -23,12 +23,15 @@ mod launch;
 mod memory;
 mod model_check;
 mod problem;
+mod redact;
 mod render;
+mod report;
 
 pub use kv::{ArenaPlan, KvPlan, NumaPlan, PageKind, PoolPlan};
 pub use memory::MemoryEstimate;
 use problem::Found;
 pub use problem::{PlanErrors, PlanProblem};
+pub use report::Report;
 
 /// Everything that `up` needs.
 #[derive(Debug, Clone)]

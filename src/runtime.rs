@@ -14,7 +14,7 @@ mod managed;
 mod search;
 mod uv;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -195,15 +195,7 @@ pub async fn prepare_in(
     job: Job<'_>,
 ) -> Result<Runtime, RuntimeError> {
     match settings {
-        RuntimeSettings::Path => {
-            let program =
-                search::find("vllm", &surroundings.path).ok_or(RuntimeError::NotOnPath)?;
-            Ok(Runtime {
-                interpreter: search::shebang_python(&program, &surroundings.path),
-                description: format!("vllm on PATH ({})", program.display()),
-                launcher: Launcher::Vllm(program),
-            })
-        }
+        RuntimeSettings::Path => on_path(&surroundings.path),
         RuntimeSettings::Python(path) => {
             let python = interpreter_at(path)?;
             let found = probe(&python, job).await?;
@@ -223,6 +215,40 @@ pub async fn prepare_in(
             Ok(python_runtime(python, &requirements.join(" ")))
         }
     }
+}
+
+/// What [`prepare`] would end with, without running or installing anything; `None`: a managed
+/// runtime that is not there yet.
+pub fn find(settings: &RuntimeSettings) -> Result<Option<Runtime>, RuntimeError> {
+    match settings {
+        RuntimeSettings::Path => on_path(&std::env::var_os("PATH").unwrap_or_default()).map(Some),
+        RuntimeSettings::Python(path) => {
+            let python = interpreter_at(path)?;
+            Ok(Some(python_runtime(python, "not looked into")))
+        }
+        RuntimeSettings::Managed {
+            python_version,
+            requirements,
+            overrides,
+        } => {
+            let wanted = managed::Wanted {
+                python_version,
+                requirements,
+                overrides,
+            };
+            let python = managed::find(&wanted, &Surroundings::from_env()?);
+            Ok(python.map(|python| python_runtime(python, &requirements.join(" "))))
+        }
+    }
+}
+
+fn on_path(path: &OsStr) -> Result<Runtime, RuntimeError> {
+    let program = search::find("vllm", path).ok_or(RuntimeError::NotOnPath)?;
+    Ok(Runtime {
+        interpreter: search::shebang_python(&program, path),
+        description: format!("vllm on PATH ({})", program.display()),
+        launcher: Launcher::Vllm(program),
+    })
 }
 
 fn python_runtime(python: PathBuf, found: &str) -> Runtime {

@@ -51,7 +51,11 @@ impl Exit {
     }
 
     pub fn code(&self) -> ExitCode {
-        ExitCode::from(match self {
+        ExitCode::from(self.number())
+    }
+
+    pub fn number(&self) -> u8 {
+        match self {
             Self::Failed(_) => 1,
             Self::Usage(_) => 2,
             Self::Topology(_) => 3,
@@ -60,7 +64,20 @@ impl Exit {
             Self::NotRunning(_) => 6,
             Self::ReaderGone => 0,
             Self::Interrupted => 130,
-        })
+        }
+    }
+
+    /// What it is about, for a closer look.
+    pub fn error(&self) -> Option<&anyhow::Error> {
+        match self {
+            Self::Failed(error)
+            | Self::Topology(error)
+            | Self::Machine(error)
+            | Self::Usage(error)
+            | Self::Running(error)
+            | Self::NotRunning(error) => Some(error),
+            Self::ReaderGone | Self::Interrupted => None,
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Context, Exit};
 use crate::host::{self, HostSnapshot};
-use crate::instance::{self, Instance};
+use crate::instance;
 use crate::model;
 use crate::plan::{Plan, PlanInputs};
 use crate::runtime::{self, Guarding, Job, Runtime};
@@ -100,7 +100,7 @@ pub fn guard_program() -> Result<PathBuf, Exit> {
 /// The secrets and the paths of one run.
 pub struct Run<'a> {
     pub topology: &'a Topology,
-    pub instance: &'a Instance,
+    pub run_dir: &'a Path,
     pub token: &'a str,
 }
 
@@ -132,8 +132,8 @@ impl Run<'_> {
             launcher,
             model,
             ports,
-            engine_socket: self.instance.engine_socket(),
-            shim_dir: self.instance.shim_dir(),
+            engine_socket: instance::engine_socket(self.run_dir),
+            shim_dir: instance::shim_dir(self.run_dir),
             kv_token: self.token.into(),
             run_id: format!("{:016x}", rand::random::<u64>()),
             inherited_pythonpath: std::env::var("PYTHONPATH").ok(),

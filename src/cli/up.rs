@@ -63,9 +63,10 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
         .map_err(|error| Exit::Machine(error.into()))?;
 
     let token = format!("{:032x}", rand::random::<u128>());
+    let run_dir = instance.dir().to_owned();
     let run = Run {
         topology: &topology,
-        instance: &instance,
+        run_dir: &run_dir,
         token: &token,
     };
     // Before the slow part, so that a person does not wait for a download to learn it.

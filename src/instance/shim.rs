@@ -30,6 +30,11 @@ pub(super) fn unpack(target: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// What is embedded under this path.
+pub(super) fn file(path: &str) -> Option<&'static [u8]> {
+    Some(SHIM.get_file(path)?.contents())
+}
+
 /// Entries' paths are relative to the root of what was embedded.
 fn unpack_dir(dir: &Dir<'_>, target: &Path) -> io::Result<()> {
     fs::create_dir_all(target.join(dir.path()))?;

@@ -8,10 +8,24 @@ use sha2::{Digest as _, Sha256};
 use tokio::process::Command;
 
 use super::ModelError;
+use crate::instance;
 use crate::runtime::lock::FileLock;
 use crate::runtime::{Job, child, discard_partials, hex, partial_sibling};
 
 const LIMIT: Duration = Duration::from_secs(600);
+
+const SCRIPT: &str = "pegaflow_tools/tiny_model.py";
+
+/// The directory, if it has been generated.
+pub(super) fn cached(cache: &Path) -> Option<PathBuf> {
+    let dir = directory(cache, instance::shim_file(SCRIPT)?);
+    dir.is_dir().then_some(dir)
+}
+
+fn directory(cache: &Path, script: &[u8]) -> PathBuf {
+    let version: String = hex(&Sha256::digest(script)).chars().take(12).collect();
+    cache.join("models").join(format!("tiny-{version}"))
+}
 
 /// The directory; it appears whole, by a rename.
 pub(super) async fn generate(
@@ -20,13 +34,12 @@ pub(super) async fn generate(
     cache: &Path,
     job: Job<'_>,
 ) -> Result<PathBuf, ModelError> {
-    let script = shim_dir.join("pegaflow_tools/tiny_model.py");
+    let script = shim_dir.join(SCRIPT);
     let text = fs::read(&script).map_err(|source| ModelError::Unreadable {
         path: script.clone(),
         source,
     })?;
-    let version: String = hex(&Sha256::digest(&text)).chars().take(12).collect();
-    let dir = cache.join("models").join(format!("tiny-{version}"));
+    let dir = directory(cache, &text);
     if dir.is_dir() {
         return Ok(dir);
     }

@@ -40,11 +40,7 @@ pub(super) async fn resolve(
     job: Job<'_>,
 ) -> Result<ModelFacts, ModelError> {
     if is_truthy(env("HF_HUB_OFFLINE").as_deref()) {
-        let cached = hub_cache(&env).and_then(|cache| cached_snapshot(&cache, id));
-        return match cached {
-            Some(snapshot) => snapshot_facts(id, &snapshot),
-            None => Ok(left_to_vllm(id)),
-        };
+        return Ok(find(id)?.unwrap_or_else(|| left_to_vllm(id)));
     }
     let Some(interpreter) = interpreter else {
         job.ui.note(&format!(
@@ -85,6 +81,14 @@ pub(super) async fn resolve(
             tail: finished.tail,
         }),
     }
+}
+
+/// The model in the hub's cache.
+pub(super) fn find(id: &str) -> Result<Option<ModelFacts>, ModelError> {
+    let cached = hub_cache(&env).and_then(|cache| cached_snapshot(&cache, id));
+    cached
+        .map(|snapshot| snapshot_facts(id, &snapshot))
+        .transpose()
 }
 
 fn failure(kind: Kind, message: String, id: &str) -> ModelError {

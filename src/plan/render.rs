@@ -7,11 +7,14 @@ use crate::plan::problem::list;
 
 pub(super) fn table(plan: &Plan) -> String {
     let header = ["NODE", "ROLE", "ON", "ADDRESS"].map(str::to_owned);
-    let rows: Vec<[String; 4]> = std::iter::once(header)
-        .chain(plan.nodes.iter().map(row))
-        .collect();
-    let mut widths = [0; 4];
-    for row in &rows {
+    let rows = std::iter::once(header).chain(plan.nodes.iter().map(row));
+    columns(&rows.collect::<Vec<_>>())
+}
+
+/// Cells one below the other.
+pub(super) fn columns<const N: usize>(rows: &[[String; N]]) -> String {
+    let mut widths = [0; N];
+    for row in rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = cell.len().max(*width);
         }

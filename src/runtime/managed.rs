@@ -52,13 +52,22 @@ impl Wanted<'_> {
     }
 }
 
+/// The interpreter of an environment that is complete.
+pub(super) fn find(wanted: &Wanted<'_>, surroundings: &Surroundings) -> Option<PathBuf> {
+    complete(&directory(wanted, surroundings))
+}
+
+fn directory(wanted: &Wanted<'_>, surroundings: &Surroundings) -> PathBuf {
+    surroundings.cache.join("runtimes").join(wanted.name())
+}
+
 /// The environment's interpreter.
 pub(super) async fn prepare(
     wanted: &Wanted<'_>,
     surroundings: &Surroundings,
     job: Job<'_>,
 ) -> Result<PathBuf, RuntimeError> {
-    let dir = surroundings.cache.join("runtimes").join(wanted.name());
+    let dir = directory(wanted, surroundings);
     if let Some(python) = complete(&dir) {
         return Ok(python);
     }

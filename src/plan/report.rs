@@ -1,0 +1,279 @@
+//! The plan as `pegaflow plan` shows it: everything that would run, and no secret.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use bytesize::ByteSize;
+use serde::Serialize;
+
+use super::render::columns;
+use super::{ArenaPlan, MemoryEstimate, NodePlan, NumaPlan, PageKind, Plan, redact};
+use crate::fleet::Role;
+use crate::host::HostSnapshot;
+use crate::topology::{Device, Secrets};
+
+/// What `pegaflow plan --json` prints; `docs/plan.md` explains it.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    name: String,
+    device: Device,
+    model: Model,
+    /// `null`: no node shares KV.
+    store: Option<Store>,
+    listen: String,
+    nodes: Vec<Node>,
+    warnings: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Model {
+    served_name: String,
+    load_from: String,
+    block_size: u32,
+}
+
+#[derive(Debug, Serialize)]
+struct Store {
+    capacity: u64,
+    /// The kinds of pages to try, in this order.
+    pages: Vec<&'static str>,
+    /// Empty: where the kernel puts it.
+    numa: Vec<u32>,
+    pools: BTreeMap<String, u64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Node {
+    id: String,
+    role: Role,
+    pool: String,
+    gpus: Vec<Gpu>,
+    /// Empty: not confined.
+    cpus: Vec<usize>,
+    /// Empty: the kernel's choice.
+    numa: Vec<u32>,
+    address: String,
+    tensor_parallel: u32,
+    /// Of each rank, in bytes; `null`: the model's configuration is not known yet.
+    memory: Option<MemoryEstimate>,
+    argv: Vec<String>,
+    env: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Gpu {
+    index: u32,
+    uuid: String,
+    pci: Option<String>,
+    name: String,
+    numa_node: Option<u32>,
+    memory_total: Option<u64>,
+    memory_free: Option<u64>,
+}
+
+impl Report {
+    pub fn new(plan: &Plan, host: &HostSnapshot, secrets: &Secrets) -> Self {
+        let kv = &plan.kv;
+        let pools = kv.pools.iter();
+        Self {
+            name: plan.name.clone(),
+            device: plan.device,
+            model: Model {
+                served_name: plan.model.served_name.clone(),
+                load_from: plan.model.load_from.clone(),
+                block_size: plan.model.block_size,
+            },
+            store: kv.enabled.then(|| Store {
+                capacity: kv.capacity,
+                pages: pages(&kv.arena),
+                numa: match &kv.arena.numa {
+                    NumaPlan::Anywhere => Vec::new(),
+                    NumaPlan::Bind(node) => vec![*node],
+                    NumaPlan::Interleave(nodes) => nodes.clone(),
+                },
+                pools: pools
+                    .map(|pool| (pool.name.clone(), pool.capacity))
+                    .collect(),
+            }),
+            listen: plan.router.listen.to_string(),
+            nodes: plan
+                .nodes
+                .iter()
+                .map(|node| Node::new(node, host, secrets))
+                .collect(),
+            warnings: plan.warnings.clone(),
+        }
+    }
+
+    /// Adds what was found out beside the plan.
+    pub fn warn(&mut self, text: impl Into<String>) {
+        self.warnings.push(text.into());
+    }
+
+    /// For people.
+    pub fn text(&self) -> String {
+        let mut text = String::new();
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{}: what would run; nothing was started\n", self.name);
+        let Model {
+            served_name,
+            load_from,
+            block_size,
+        } = &self.model;
+        let _ = writeln!(
+            text,
+            "model   {load_from}, served as {served_name}, {block_size} tokens per block"
+        );
+        match &self.store {
+            None => text.push_str("store   none: no node shares KV\n"),
+            Some(store) => {
+                let _ = writeln!(
+                    text,
+                    "store   {} in {} pages{}",
+                    ByteSize(store.capacity),
+                    store.pages.join(", else "),
+                    match ranges(&store.numa) {
+                        numa if numa.is_empty() => numa,
+                        numa => format!(", on NUMA {numa}"),
+                    }
+                );
+            }
+        }
+        let _ = writeln!(text, "listen  {}\n", self.listen);
+        let header = [
+            "NODE", "ROLE", "GPUS", "CORES", "NUMA", "ADDRESS", "WEIGHTS", "KV", "TOKENS",
+        ];
+        let rows = self.nodes.iter().map(Node::row);
+        let rows = std::iter::once(header.map(str::to_owned)).chain(rows);
+        text.push_str(&columns(&rows.collect::<Vec<_>>()));
+        for node in &self.nodes {
+            let _ = writeln!(text, "\n{}:", node.id);
+            let _ = writeln!(text, "  {}", shell(&node.argv));
+            for (name, value) in &node.env {
+                let _ = writeln!(text, "    {name}={}", quote(value));
+            }
+        }
+        for warning in &self.warnings {
+            let _ = writeln!(text, "\nwarning: {warning}");
+        }
+        text
+    }
+}
+
+impl Node {
+    fn new(node: &NodePlan, host: &HostSnapshot, secrets: &Secrets) -> Self {
+        let gpus = host.gpus.iter();
+        Self {
+            id: node.id.to_string(),
+            role: node.role,
+            pool: node.pool.clone(),
+            gpus: gpus
+                .filter(|gpu| node.gpus.contains(&gpu.index))
+                .map(|gpu| Gpu {
+                    index: gpu.index,
+                    uuid: gpu.uuid.clone(),
+                    pci: gpu.pci.map(|address| address.to_string()),
+                    name: gpu.name.clone(),
+                    numa_node: gpu.numa_node,
+                    memory_total: gpu.memory_total,
+                    memory_free: gpu.memory_free,
+                })
+                .collect(),
+            cpus: node.cpus.clone(),
+            numa: node.numa.clone(),
+            address: node.addr.to_string(),
+            tensor_parallel: node.tensor_parallel,
+            memory: node.memory,
+            argv: redact::argv(&node.argv, secrets),
+            env: redact::env(&node.env, secrets),
+        }
+    }
+
+    fn row(&self) -> [String; 9] {
+        let or_dash = |text: String| {
+            if text.is_empty() {
+                "-".to_owned()
+            } else {
+                text
+            }
+        };
+        let gpus: Vec<u32> = self.gpus.iter().map(|gpu| gpu.index).collect();
+        let memory = |of: &dyn Fn(&MemoryEstimate) -> Option<String>| {
+            or_dash(self.memory.as_ref().and_then(of).unwrap_or_default())
+        };
+        let size = |bytes: u64| ByteSize(bytes).to_string();
+        [
+            self.id.clone(),
+            self.role.to_string(),
+            or_dash(ranges(&gpus)),
+            or_dash(ranges(&self.cpus)),
+            or_dash(ranges(&self.numa)),
+            self.address.clone(),
+            memory(&|memory| Some(size(memory.weights))),
+            memory(&|memory| memory.kv.map(size)),
+            memory(&|memory| memory.kv_tokens.map(|tokens| tokens.to_string())),
+        ]
+    }
+}
+
+fn pages(arena: &ArenaPlan) -> Vec<&'static str> {
+    let word = |kind: &PageKind| match kind {
+        PageKind::Huge => "huge",
+        PageKind::Transparent => "transparent huge",
+        PageKind::Normal => "normal",
+    };
+    arena.pages.iter().map(word).collect()
+}
+
+/// `0-3,8` for numbers in ascending order.
+fn ranges<T: Copy + TryInto<u64>>(numbers: &[T]) -> String {
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    for number in numbers
+        .iter()
+        .filter_map(|number| (*number).try_into().ok())
+    {
+        match ranges.last_mut() {
+            Some((_, last)) if *last + 1 == number => *last = number,
+            _ => ranges.push((number, number)),
+        }
+    }
+    let ranges: Vec<String> = ranges
+        .into_iter()
+        .map(|(first, last)| match first == last {
+            true => first.to_string(),
+            false => format!("{first}-{last}"),
+        })
+        .collect();
+    ranges.join(",")
+}
+
+/// As a shell takes it.
+fn shell(argv: &[String]) -> String {
+    let words: Vec<String> = argv.iter().map(|word| quote(word)).collect();
+    words.join(" ")
+}
+
+fn quote(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,@%+*".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_in_a_row_are_joined() {
+        assert_eq!(ranges::<u32>(&[]), "");
+        assert_eq!(ranges(&[0u32, 1, 2, 5, 7, 8]), "0-2,5,7-8");
+    }
+
+    #[test]
+    fn words_are_quoted_where_a_shell_needs_it() {
+        let words = ["vllm", "--x", "a b", "{\"k\": 1}", "", "it's"].map(str::to_owned);
+        assert_eq!(shell(&words), r#"vllm --x 'a b' '{"k": 1}' '' 'it'\''s'"#);
+    }
+}
