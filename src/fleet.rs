@@ -199,6 +199,29 @@ impl NodeView {
         }
     }
 
+    /// When it is started again, if it waits for that.
+    pub fn next_start(&self) -> Option<SystemTime> {
+        match self.phase {
+            Phase::Backoff { delay } => self.since.checked_add(delay),
+            _ => None,
+        }
+    }
+
+    /// Why it does not serve, and when it will be tried again: a clause for people.
+    pub fn absence(&self, now: SystemTime) -> String {
+        let mut text = format!("{}: {}", self.id, self.phase.label());
+        if let Some(reason) = &self.reason {
+            text.push_str(&format!(" ({reason})"));
+        }
+        if let Some(at) = self.next_start() {
+            match at.duration_since(now).map_or(0, whole_seconds) {
+                0 => text.push_str(", is started again now"),
+                seconds => text.push_str(&format!(", next try in {seconds} s")),
+            }
+        }
+        text
+    }
+
     pub fn is_ready(&self) -> bool {
         self.phase == Phase::Ready
     }
@@ -216,6 +239,11 @@ pub enum Service {
     Full,
     Degraded,
     Down,
+}
+
+/// Rounded up: nobody should come back too early.
+pub fn whole_seconds(duration: Duration) -> u64 {
+    duration.as_secs() + u64::from(duration.subsec_nanos() > 0)
 }
 
 /// All nodes at one moment, ordered by name.
@@ -356,6 +384,18 @@ mod tests {
         fleet.update(&"p".into(), |node| node.incarnation = 1);
         watch.changed().await.unwrap();
         assert_eq!(watch.borrow().node(&"p".into()).unwrap().incarnation, 1);
+    }
+
+    #[test]
+    fn an_absent_node_says_why_and_when_it_is_tried_again() {
+        let mut node = fleet().snapshot().node(&"p".into()).unwrap().clone();
+        assert_eq!(node.absence(node.since), "p: pending");
+        node.reason = Some("killed by SIGSEGV".to_owned());
+        let delay = Duration::from_secs(20);
+        node.phase = Phase::Backoff { delay };
+        let expected = "p: backoff (killed by SIGSEGV), next try in 20 s";
+        assert_eq!(node.absence(node.since), expected);
+        assert!(node.absence(node.since + delay * 2).ends_with("again now"));
     }
 
     #[test]

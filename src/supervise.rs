@@ -39,6 +39,7 @@ mod liveness;
 mod logs;
 mod node;
 mod obituary;
+mod oom;
 mod probe;
 mod state;
 mod sweep;

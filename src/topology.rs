@@ -187,8 +187,10 @@ pub struct SupervisorSettings {
     /// Deaths within `crash_window` after which the node stays down.
     pub crash_limit: u32,
     pub crash_window: Duration,
-    /// Bytes of one log file before it is rotated; three old ones are kept.
+    /// Bytes of one log file before it is rotated.
     pub log_bytes: u64,
+    /// Rotated files that are kept.
+    pub log_files: u32,
 }
 
 /// One `[[node]]`.

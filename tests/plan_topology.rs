@@ -142,6 +142,7 @@ backoff_max = "6s"
 crash_limit = 7
 crash_window = "8m"
 log_bytes = "9MiB"
+log_files = 2
 [[node]]
 name = "p"
 role = "prefill"
@@ -211,6 +212,7 @@ tensor_parallel = 2
     assert_eq!(seconds, [60, 2, 3, 4, 5, 6, 480]);
     assert_eq!(supervisor.idle_canary, None);
     assert_eq!((supervisor.crash_limit, supervisor.log_bytes), (7, 9 << 20));
+    assert_eq!(supervisor.log_files, 2);
     let [p, d] = &topology.nodes[..] else {
         panic!("two nodes")
     };

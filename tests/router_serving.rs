@@ -262,6 +262,19 @@ async fn a_request_waits_until_a_node_is_ready_or_patience_ends() {
         (503, json!("no_ready_node"))
     );
     assert_eq!(got.headers["retry-after"], "5");
+    rig.set(
+        "a",
+        Phase::Backoff {
+            delay: Duration::from_secs(40),
+        },
+    );
+    let got = rig.complete(&json!({"prompt": "abc"})).await;
+    let message = got.json()["error"]["message"].as_str().unwrap().to_owned();
+    assert!(message.contains("a: backoff"), "{message}");
+    assert!(
+        message.contains("next try in 40 s") || message.contains("in 39 s"),
+        "{message}"
+    );
     rig.finish().await;
 
     let rig = Rig::start(&board, plan(), &nodes).await;

@@ -53,6 +53,7 @@ fn quick() -> SupervisorPlan {
         crash_limit: 3,
         crash_window: Duration::from_secs(600),
         log_bytes: 1 << 20,
+        log_files: 5,
     }
 }
 

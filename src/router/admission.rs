@@ -8,14 +8,14 @@
 //! ```
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
 use super::error::RouterError;
 use super::metrics::{GaugeGuard, RouterMetrics};
-use crate::fleet::{FleetSnapshot, FleetWatch, NodeView, Phase};
+use crate::fleet::{FleetSnapshot, FleetWatch, NodeView, Phase, whole_seconds};
 use crate::plan::RouterPlan;
 
 /// What a client is told when nobody knows how long a node will take to start, in seconds.
@@ -79,9 +79,14 @@ impl Admission {
     }
 
     pub(super) fn no_node(&self, fleet: &FleetWatch) -> RouterError {
+        let fleet = fleet.borrow();
+        let now = SystemTime::now();
+        let absent = fleet.nodes().filter(|node| !node.is_ready());
+        let absent: Vec<_> = absent.map(|node| node.absence(now)).collect();
         RouterError::NoNode {
             waited: self.queue_timeout,
-            retry_after: retry_after(&fleet.borrow()),
+            nodes: absent.join("; "),
+            retry_after: retry_after(&fleet),
         }
     }
 
@@ -117,10 +122,15 @@ async fn wait_for_node(mut fleet: FleetWatch) {
 /// Seconds after which a client may try again: the shortest known delay until a node is started,
 /// and then its start.
 pub(super) fn retry_after(fleet: &FleetSnapshot) -> u64 {
+    let now = SystemTime::now();
     let until = |node: &NodeView| match node.phase {
         Phase::Ready | Phase::Unreachable | Phase::Verifying => Some(1),
         Phase::Pending | Phase::Starting | Phase::WarmingUp => Some(RETRY_AFTER_START),
-        Phase::Backoff { delay } => Some(delay.as_secs().saturating_add(RETRY_AFTER_START)),
+        Phase::Backoff { delay } => {
+            let left = node.next_start().and_then(|at| at.duration_since(now).ok());
+            let left = left.unwrap_or_default().min(delay);
+            Some(whole_seconds(left).saturating_add(RETRY_AFTER_START))
+        }
         Phase::CrashLoop | Phase::Failed | Phase::Stopping | Phase::Stopped => None,
     };
     fleet.nodes().filter_map(until).min().unwrap_or(60)

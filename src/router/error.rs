@@ -33,8 +33,13 @@ pub enum RouterError {
     QueueFull { limit: usize, retry_after: u64 },
     #[error("no place became free within {waited:?}; try again later")]
     QueueTimeout { waited: Duration, retry_after: u64 },
-    #[error("no node became ready within {waited:?}; GET /health says why")]
-    NoNode { waited: Duration, retry_after: u64 },
+    #[error("no node became ready within {waited:?}: {nodes}")]
+    NoNode {
+        waited: Duration,
+        /// Which nodes there are, why they do not serve, and when they are tried again.
+        nodes: String,
+        retry_after: u64,
+    },
     #[error("the nodes could not answer; the last, {node}: {source}")]
     Nodes {
         node: NodeId,

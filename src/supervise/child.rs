@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use nix::unistd::Pid;
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 
@@ -138,6 +139,12 @@ impl Incarnation {
     /// What a killed guard can no longer remove.
     pub fn take_shm(&mut self) -> BTreeMap<PathBuf, u64> {
         std::mem::take(&mut self.shm)
+    }
+
+    /// The guard's pid, which the tree hangs below.
+    pub fn root(&self) -> Option<Pid> {
+        let pid = self.guard.id()?;
+        i32::try_from(pid).ok().map(Pid::from_raw)
     }
 
     pub fn log_bytes(&self) -> u64 {

@@ -38,6 +38,7 @@ pub struct LogTarget {
     pub node: NodeId,
     pub path: PathBuf,
     pub max_bytes: u64,
+    pub max_files: u32,
     pub console: Arc<dyn LogSink>,
     /// What a line must not show, wherever it goes.
     pub secrets: Secrets,
@@ -63,7 +64,7 @@ impl LogPump {
         let (ended, end) = io::pipe()?;
         let shared = Arc::new(Shared::default());
         let mut pump = Pump {
-            file: LogFile::new(target.path.clone(), target.max_bytes),
+            file: LogFile::new(target.path.clone(), target.max_bytes, target.max_files),
             target,
             output,
             ended,
@@ -210,6 +211,7 @@ mod tests {
             node: "p".into(),
             path: dir.path().join("p.log"),
             max_bytes,
+            max_files: 3,
             console: console.clone(),
             secrets: Secrets::default(),
         };

@@ -5,7 +5,7 @@
 //! waits for anything slow itself: HTTP calls and the burial of a dead incarnation are tasks.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,20 +19,19 @@ use crate::topology::Secrets;
 
 use super::child::{Incarnation, SpawnSpec, Status, log_path};
 use super::gate::{Baseline, Gate, Look, StoreSessions};
-use super::guard::shm;
 use super::logs::{LogSink, LogTarget};
-use super::obituary::{self, Exit};
+use super::obituary::End;
+use super::oom::OomWatch;
 use super::probe::NodeClient;
 use super::state::{Action, Event, Machine};
-use super::sweep;
 
 mod publish;
 mod stop;
+mod watch;
 
 use publish::Published;
 use stop::StopSignals;
 
-const SWEEP_LIMIT: Duration = Duration::from_secs(10);
 /// The machine has its own, shorter idea of how long a warm-up may take.
 const WARM_UP_CALL: Duration = Duration::from_secs(600);
 
@@ -77,11 +76,14 @@ pub struct NodeActor {
     verdicts: mpsc::Receiver<Verdict>,
     machine: Machine,
     life: Option<Incarnation>,
-    exit: Option<Exit>,
+    end: Option<End>,
+    oom: OomWatch,
     incarnation: u64,
     reaped: u64,
     pid: Option<u32>,
     log_bytes: u64,
+    /// When the tree's memory was last asked for.
+    weighed: Instant,
     /// The use of its GPUs, before the last spawn and at the last look.
     baseline: Option<Baseline>,
     looked: Option<Look>,
@@ -103,11 +105,13 @@ impl NodeActor {
             verdicts,
             machine,
             life: None,
-            exit: None,
+            end: None,
+            oom: OomWatch::new(Path::new("/")),
             incarnation: 0,
             reaped: 0,
             pid: None,
             log_bytes: 0,
+            weighed: Instant::now(),
             baseline: None,
             looked: None,
             looks: JoinSet::new(),
@@ -159,80 +163,6 @@ impl NodeActor {
                 None => self.publish(),
             }
         }
-    }
-
-    fn reported(&mut self, status: Status) -> Option<Event> {
-        match status {
-            Status::Spawned(pid) => {
-                self.pid = Some(pid);
-                None
-            }
-            Status::SpawnFailed(why) => {
-                let program = self.plan.argv.first().map_or("", String::as_str);
-                Some(Event::SpawnFailed(format!("cannot run {program}: {why}")))
-            }
-            Status::Exited(exit) => Some(self.exited(exit)),
-            // `next` keeps them.
-            Status::Shm(..) => None,
-            Status::Empty => {
-                if let Some(life) = self.life.take() {
-                    self.burial.spawn(life.finish());
-                }
-                None
-            }
-            Status::Lost => {
-                if let Some(mut life) = self.life.take() {
-                    life.kill_guard();
-                    let node = self.plan.id.clone();
-                    self.burial.spawn(async move {
-                        let shm = life.take_shm();
-                        let tail = life.finish().await;
-                        while !sweep::sweep(SWEEP_LIMIT).await {
-                            tracing::error!("node {node}: processes survive being killed");
-                        }
-                        shm::remove(shm);
-                        tail
-                    });
-                }
-                (self.exit.is_none()).then(|| self.exited(Exit::GuardLost))
-            }
-        }
-    }
-
-    fn exited(&mut self, exit: Exit) -> Event {
-        self.exit = Some(exit);
-        self.pid = None;
-        self.calls.abort_all();
-        Event::Exited(exit.describe())
-    }
-
-    fn buried(&mut self, tail: Vec<String>) -> Event {
-        self.calls.abort_all();
-        self.pid = None;
-        self.reaped = self.incarnation;
-        let obituary = self.exit.take().map(|exit| obituary::write(exit, &tail));
-        Event::Reaped(obituary)
-    }
-
-    fn judged(&mut self, verdict: Verdict) -> Option<Event> {
-        if verdict.incarnation != self.incarnation {
-            return None;
-        }
-        Some(match verdict.finding {
-            Finding::Proven => Event::Proven,
-            Finding::Unpaired => Event::Unpaired,
-            Finding::Refused(why) => Event::Refused(why),
-        })
-    }
-
-    fn clock(&mut self) -> Event {
-        let bytes = self.life.as_ref().map_or(0, Incarnation::log_bytes);
-        if bytes <= self.log_bytes {
-            return Event::Tick;
-        }
-        self.log_bytes = bytes;
-        self.queue.push_back(Event::Tick);
-        Event::LogGrew
     }
 
     async fn act(&mut self, action: Action) {
@@ -324,8 +254,9 @@ impl NodeActor {
         self.baseline = look.map(|look| look.baseline);
         self.calls.abort_all();
         self.calls = JoinSet::new();
-        self.exit = None;
+        self.end = None;
         self.log_bytes = 0;
+        self.weighed = Instant::now();
         let mut env = self.plan.env.clone();
         env.insert("PEGAFLOW_NODE".into(), self.plan.id.to_string());
         env.insert("PEGAFLOW_INCARNATION".into(), self.incarnation.to_string());
@@ -340,6 +271,7 @@ impl NodeActor {
                 node: self.plan.id.clone(),
                 path: log_path(&self.shared.log_dir, &self.plan.id),
                 max_bytes: self.shared.plan.log_bytes,
+                max_files: self.shared.plan.log_files,
                 console: self.shared.console.clone(),
                 secrets: self.shared.secrets.clone(),
             },

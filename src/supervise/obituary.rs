@@ -26,6 +26,30 @@ impl Exit {
     }
 }
 
+/// How it went, and what the kernel had to do with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct End {
+    pub exit: Exit,
+    /// The kernel's OOM killer was at work just then.
+    pub out_of_memory: bool,
+}
+
+impl End {
+    pub fn describe(self) -> String {
+        let exit = self.exit.describe();
+        match self.exit {
+            _ if self.out_of_memory => format!(
+                "{exit}: out of memory (the kernel's OOM killer has just ended a process; allow \
+                 more memory, or lower `kv_cache` or `[kv] capacity`)"
+            ),
+            Exit::Signal(number) if number == Signal::SIGKILL as i32 => {
+                format!("{exit}, not by pegaflow (`dmesg` may say more)")
+            }
+            _ => exit,
+        }
+    }
+}
+
 /// Nothing that time heals, if it is said before the node was ever healthy (`ending.rs` looks).
 const NEVER: [&str; 7] = [
     "unrecognized arguments",
@@ -42,16 +66,18 @@ const USAGE: i32 = 2;
 const VAGUE: &str = "Engine core initialization failed";
 
 /// `tail`: the last lines of the log, oldest first.
-pub fn write(exit: Exit, tail: &[String]) -> Obituary {
+pub fn write(end: End, tail: &[String]) -> Obituary {
+    let exit = end.exit;
+    let mut traceback = Traceback::default();
     let errors: Vec<&str> = tail
         .iter()
+        .filter(|line| traceback.ends_with(line) || is_error(line))
         .map(|line| line.trim())
-        .filter(|line| is_error(line))
         .collect();
     let telling = errors.iter().rev().find(|line| !line.contains(VAGUE));
     let text = match telling.or(errors.last()) {
-        Some(line) => format!("{}: {line}", exit.describe()),
-        None => exit.describe(),
+        Some(line) => format!("{}: {line}", end.describe()),
+        None => end.describe(),
     };
     let hopeless = errors.iter().any(|line| {
         let line = line.to_lowercase();
@@ -73,13 +99,52 @@ fn is_error(line: &str) -> bool {
     lower.contains("error: ") || lower.contains("exception: ") || lower.contains("no such file")
 }
 
+/// Finds the last line of each traceback, whatever the exception is called.
+#[derive(Debug, Default)]
+struct Traceback {
+    inside: bool,
+}
+
+impl Traceback {
+    fn ends_with(&mut self, line: &str) -> bool {
+        let line = without_prefix(line);
+        if line.starts_with("Traceback (most recent call last)") {
+            self.inside = true;
+            return false;
+        }
+        // Frames are indented.
+        let ends = self.inside && !line.is_empty() && !line.starts_with([' ', '\t']);
+        self.inside &= !ends;
+        ends
+    }
+}
+
+/// Without vLLM's `(EngineCore_DP0 pid=7) ERROR 11-26 10:00:00 [core.py:700] `.
+fn without_prefix(line: &str) -> &str {
+    let mut rest = line;
+    if let Some((_, after)) = rest.strip_prefix('(').and_then(|it| it.split_once(") ")) {
+        rest = after;
+    }
+    let is_log = ["ERROR ", "WARNING ", "INFO "]
+        .iter()
+        .any(|level| rest.starts_with(level));
+    match rest.split_once("] ") {
+        Some((_, after)) if is_log => after,
+        _ => rest,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn write_of(exit: Exit, lines: &[&str]) -> Obituary {
         let tail: Vec<String> = lines.iter().map(ToString::to_string).collect();
-        write(exit, &tail)
+        let end = End {
+            exit,
+            out_of_memory: false,
+        };
+        write(end, &tail)
     }
 
     #[test]
@@ -126,5 +191,29 @@ mod tests {
         assert_eq!(obituary.mendable, Mendable::Perhaps);
         let silent = write_of(Exit::Code(2), &[]);
         assert_eq!(silent.mendable, Mendable::Perhaps);
+    }
+
+    #[test]
+    fn the_last_line_of_a_traceback_is_quoted_whatever_it_is_called() {
+        let lines = [
+            "(EngineCore_DP0 pid=7) ERROR 11-26 10:00:00 [core.py:700] Traceback (most recent call last):",
+            "(EngineCore_DP0 pid=7) ERROR 11-26 10:00:00 [core.py:700]   File \"a.py\", line 1, in f",
+            "(EngineCore_DP0 pid=7) ERROR 11-26 10:00:00 [core.py:700]     assert x",
+            "(EngineCore_DP0 pid=7) ERROR 11-26 10:00:00 [core.py:700] AssertionError",
+            "(EngineCore_DP0 pid=7) and more",
+        ];
+        let obituary = write_of(Exit::Code(1), &lines);
+        assert!(obituary.text.ends_with("AssertionError"), "{obituary:?}");
+    }
+
+    #[test]
+    fn the_oom_killer_and_a_strangers_kill_are_told_apart() {
+        let end = |out_of_memory| End {
+            exit: Exit::Signal(9),
+            out_of_memory,
+        };
+        assert!(end(true).describe().contains("out of memory"));
+        let killed = end(false).describe();
+        assert!(killed.contains("SIGKILL") && !killed.contains("memory"));
     }
 }

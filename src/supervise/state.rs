@@ -38,8 +38,10 @@ const WARM_UP_RETRY: Duration = Duration::from_secs(1);
 /// A ready node whose answers are late this often in a row is unreachable. Fewer are no reason to send
 /// it nothing: vLLM answers nobody while it renders its /metrics, and it may be the only node.
 const LATE_PROBES: u32 = 3;
-/// Log growth may extend the start up to this many times `start_timeout`.
+/// Progress may extend the start up to this many times `start_timeout`.
 const START_EXTENSIONS: u32 = 4;
+/// Memory that grows by this is progress: weights are read, kernels compiled.
+const MEMORY_STEP: u64 = 16 << 20;
 /// From one step of escalation to the next.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -112,6 +114,8 @@ pub struct Machine {
     deaths: Deaths,
     delay: Option<Duration>,
     probe: Next,
+    /// The most memory that the tree was seen to have.
+    memory: u64,
     /// Probes in a row that were not answered in time.
     late: u32,
     liveness: Liveness,
@@ -137,6 +141,7 @@ impl Machine {
             state: State::Waiting { until: now },
             delay: None,
             probe: Next::At(now),
+            memory: 0,
             late: 0,
             force: Force::None,
             restarts: 0,
@@ -213,10 +218,8 @@ impl Machine {
             Event::Tick => self.tick(now),
             Event::Gate(obstacle) => self.looked(obstacle, now),
             Event::SpawnFailed(why) => self.spawn_failed(why, now),
-            Event::LogGrew => {
-                self.log_grew(now);
-                vec![]
-            }
+            Event::LogGrew => self.progressed(now),
+            Event::Memory(bytes) => self.weighed(bytes, now),
             Event::Probe(probe) => self.probed(probe, now),
             Event::Pulse(pulse) => self.pulsed(pulse, now),
             Event::Canary(canary) => self.canaried(canary, now),

@@ -16,5 +16,6 @@ pub fn plan() -> SupervisorPlan {
         crash_limit: 5,
         crash_window: Duration::from_secs(1800),
         log_bytes: 1 << 20,
+        log_files: 5,
     }
 }

@@ -147,7 +147,7 @@ pub(super) const SUPERVISOR: Table = Table {
     header: "[supervisor]",
     doc: "The life of the nodes.",
     keys: &[
-        key("start_timeout", Duration, Is("\"900s\""), "From start to ready; extended while the log grows."),
+        key("start_timeout", Duration, Is("\"900s\""), "From start to ready; extended while the log or the memory of its processes grows, to four times this at most."),
         key("health_interval", Duration, Is("\"1s\""), "Between two health probes."),
         key("hang_timeout", Duration, Is("\"120s\""), "Requests running and token counters that stand still for this long: the node is restarted."),
         key("idle_canary", DurationOrZero, Is("\"30s\""), "An idle or silent node is asked for one token this often; \"0s\": only one that has been silent for hang_timeout."),
@@ -157,6 +157,7 @@ pub(super) const SUPERVISOR: Table = Table {
         key("crash_limit", Integer(1, 1000, 1), Is("5"), "Deaths within crash_window after which a node stays down."),
         key("crash_window", Duration, Is("\"30m\""), "In which crash_limit counts deaths."),
         key("log_bytes", Size, Is("\"32MiB\""), "Of one log file before it is rotated; at least 1MiB."),
+        key("log_files", Integer(1, 100, 1), Is("5"), "Rotated log files that are kept of each node, beside the current one."),
     ],
 };
 

@@ -244,6 +244,7 @@ fn supervisor(top: &mut Section<'_, '_, '_, '_>) -> SupervisorSettings {
         crash_limit: section.get("crash_limit", integer(1..=1000)).unwrap_or(5),
         crash_window: section.seconds("crash_window", 30 * 60),
         log_bytes: section.get("log_bytes", size).unwrap_or(32 * MIB),
+        log_files: section.get("log_files", integer(1..=100)).unwrap_or(5),
     }
 }
 

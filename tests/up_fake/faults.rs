@@ -93,6 +93,40 @@ async fn a_crash_loop_is_visible_and_the_rest_serves_degraded() {
     }
 }
 
+/// A client learns which nodes there are, why they are gone, and when they are tried again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_names_the_dead_nodes_and_their_reasons() {
+    let site = Site::new();
+    let topology = support::topology(site.port)
+        .replace("queue_timeout = \"30s\"", "queue_timeout = \"2s\"")
+        .replace("backoff_first = \"200ms\"", "backoff_first = \"50s\"")
+        .replace("backoff_max = \"1s\"", "backoff_max = \"60s\"");
+    site.topology(&topology);
+    let up = site.up_ready().await;
+    site.script(r#"{"crash_start": true}"#);
+    for node in ["prefill", "decode"] {
+        let pid = u32::try_from(up.node(node).await["pid"].as_u64().unwrap()).unwrap();
+        send(pid, Signal::SIGKILL);
+    }
+    let down = |view: &serde_json::Value| view["restarts"] == 1 && view["phase"] == "backoff";
+    for node in ["prefill", "decode"] {
+        up.wait_for_node(node, down).await;
+    }
+    let Ending::Refused(why) = up.generate(&completion(1, 100, 8)).await.ending else {
+        panic!("served by nobody");
+    };
+    for part in [
+        "503",
+        "prefill: backoff",
+        "decode: backoff",
+        "scripted crash at start",
+        "next try in ",
+    ] {
+        assert!(why.contains(part), "{part}: {why}");
+    }
+    up.stop().await;
+}
+
 /// The canary runs again after every restart: a decode node that now loads wrongly gets no KV.
 #[tokio::test(flavor = "multi_thread")]
 async fn wrong_kv_after_a_restart_is_not_served() {

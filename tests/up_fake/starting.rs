@@ -1,6 +1,7 @@
 //! What a person sees of a start that goes well.
 
 use std::fs;
+use std::os::unix::fs::DirBuilderExt;
 
 use serde_json::Value;
 
@@ -25,6 +26,33 @@ async fn a_model_is_downloaded_once_with_the_users_variables() {
         let environment: Value = serde_json::from_str(&text.unwrap()).unwrap();
         assert_eq!(environment["env"]["HF_TOKEN"], "hf_secret");
         assert_eq!(environment["env"]["HTTPS_PROXY"], "http://127.0.0.1:9");
+    }
+    up.stop().await;
+}
+
+/// Every write to a node's log fails: lines are lost, and nothing else.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_log_disk_kills_nothing() {
+    let site = crate::support::Site::new();
+    let logs = site
+        .path("state/pegaflow")
+        .join(format!("test-{}", site.port))
+        .join("logs");
+    let mut private = fs::DirBuilder::new();
+    private.recursive(true).mode(0o700).create(&logs).unwrap();
+    for node in ["prefill", "decode"] {
+        std::os::unix::fs::symlink("/dev/full", logs.join(format!("{node}.log"))).unwrap();
+    }
+    let up = site.up_ready().await;
+    let lost = up.output().matches("lines are lost").count();
+    assert_eq!(lost, 2, "said once for each node: {}", up.output());
+    let body = crate::support::client::completion(1, 100, 8);
+    assert_eq!(
+        up.generate(&body).await.ending,
+        crate::support::client::Ending::Complete
+    );
+    for node in ["prefill", "decode"] {
+        assert_eq!(up.node(node).await["restarts"], 0);
     }
     up.stop().await;
 }

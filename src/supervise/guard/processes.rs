@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
-use nix::unistd::Pid;
+use nix::unistd::{Pid, SysconfVar, sysconf};
 
 /// One line of `/proc/<pid>/stat`, as far as it matters here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,6 +50,19 @@ fn parse(pid: i32, stat: &str) -> Option<Process> {
         session: Pid::from_raw(session),
         zombie: matches!(state, "Z" | "X"),
     })
+}
+
+/// Bytes of memory that everything below `root` has, shared pages once for each.
+pub fn memory_below(root: Pid) -> u64 {
+    let page = sysconf(SysconfVar::PAGE_SIZE).ok().flatten();
+    let page = page
+        .and_then(|size| u64::try_from(size).ok())
+        .unwrap_or(4096);
+    let pages = descendants(root).into_iter().filter_map(|pid| {
+        let statm = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+        statm.split(' ').nth(1)?.parse::<u64>().ok()
+    });
+    pages.sum::<u64>().saturating_mul(page)
 }
 
 /// Everything below `root`, without it.

@@ -7,22 +7,23 @@ use std::path::PathBuf;
 
 use crate::fleet::NodeId;
 
-const KEEP: u32 = 3;
-
-/// `<node>.log`, with `<node>.log.1` (newest) to `.3` beside it. Survives a full disk: lines that cannot
+/// `<node>.log`, with `<node>.log.1` (newest) to `.N` beside it. Survives a full disk: lines that cannot
 /// be written are dropped, because a child must never wait for its log.
 pub struct LogFile {
     path: PathBuf,
     max_bytes: u64,
+    /// Old files that are kept.
+    keep: u32,
     open: Option<(File, u64)>,
     complained: bool,
 }
 
 impl LogFile {
-    pub fn new(path: PathBuf, max_bytes: u64) -> Self {
+    pub fn new(path: PathBuf, max_bytes: u64, keep: u32) -> Self {
         Self {
             path,
             max_bytes,
+            keep,
             open: None,
             complained: false,
         }
@@ -66,7 +67,13 @@ impl LogFile {
     }
 
     fn rotate(&self) -> io::Result<()> {
-        for number in (1..KEEP).rev() {
+        // Of a run that kept more.
+        for number in self.keep + 1.. {
+            if fs::remove_file(self.numbered(number)).is_err() {
+                break;
+            }
+        }
+        for number in (1..self.keep).rev() {
             let old = self.numbered(number);
             if old.exists() {
                 fs::rename(old, self.numbered(number + 1))?;
@@ -88,10 +95,17 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
-    fn rotation_keeps_three_old_files_of_bounded_size() {
+    fn rotation_keeps_some_old_files_of_bounded_size() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("n.log");
-        let mut log = LogFile::new(path.clone(), 100);
+        for surplus in [4, 5] {
+            fs::write(
+                dir.path().join(format!("n.log.{surplus}")),
+                "of another run",
+            )
+            .unwrap();
+        }
+        let mut log = LogFile::new(path.clone(), 100, 3);
         for number in 0..200 {
             log.write_line(&"n".into(), &format!("line {number:04}"));
         }
@@ -114,7 +128,7 @@ mod tests {
     fn what_cannot_be_written_is_lost_quietly_and_writing_resumes() {
         let dir = tempfile::tempdir().unwrap();
         let missing = dir.path().join("later");
-        let mut log = LogFile::new(missing.join("n.log"), 100);
+        let mut log = LogFile::new(missing.join("n.log"), 100, 3);
         log.write_line(&"n".into(), "lost");
         fs::create_dir(&missing).unwrap();
         log.write_line(&"n".into(), "kept");

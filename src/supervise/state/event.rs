@@ -15,6 +15,8 @@ pub enum Event {
     /// The guard could not be started, or could not execute the leader.
     SpawnFailed(String),
     LogGrew,
+    /// What the tree has, in bytes.
+    Memory(u64),
     Probe(Probe),
     /// `None`: no figures, or not in time.
     Pulse(Option<Pulse>),

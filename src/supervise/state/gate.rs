@@ -42,6 +42,7 @@ impl Machine {
         self.trouble = None;
         self.trust = fresh_trust(self.role);
         self.force = Force::None;
+        self.memory = 0;
         self.probe = Next::At(now + self.plan.health_interval);
         self.state = State::Starting {
             since: now,

@@ -6,8 +6,8 @@ use crate::fleet::{KvTrust, Role};
 
 use super::super::liveness::{Canary, Cause, Liveness, Pulse};
 use super::{
-    Action, End, LATE_PROBES, Machine, Next, Probe, START_EXTENSIONS, State, Then, WARM_UP_LIMIT,
-    WARM_UP_RETRY, Warmth,
+    Action, End, LATE_PROBES, MEMORY_STEP, Machine, Next, Probe, START_EXTENSIONS, State, Then,
+    WARM_UP_LIMIT, WARM_UP_RETRY, Warmth,
 };
 
 impl Machine {
@@ -19,7 +19,15 @@ impl Machine {
         vec![]
     }
 
-    pub(super) fn log_grew(&mut self, now: Instant) {
+    pub(super) fn weighed(&mut self, bytes: u64, now: Instant) -> Vec<Action> {
+        if bytes < self.memory.saturating_add(MEMORY_STEP) {
+            return vec![];
+        }
+        self.memory = bytes;
+        self.progressed(now)
+    }
+
+    pub(super) fn progressed(&mut self, now: Instant) -> Vec<Action> {
         if let State::Starting { since, by } = self.state {
             let limit = since + self.plan.start_timeout.saturating_mul(START_EXTENSIONS);
             let wanted = now + self.plan.start_timeout / 4;
@@ -28,6 +36,7 @@ impl Machine {
                 by: by.max(wanted.min(limit)),
             };
         }
+        vec![]
     }
 
     pub(super) fn probed(&mut self, probe: Probe, now: Instant) -> Vec<Action> {

@@ -144,26 +144,42 @@ fn late_answers_take_a_node_out_only_when_they_go_on() {
     assert_eq!(node.phase(), Phase::Ready);
 }
 
-#[test]
-fn a_growing_log_extends_the_start_but_not_for_ever() {
+fn extended(progress: impl Fn(u64) -> Event) {
     let (mut node, start_at) = machine(Role::Unified);
     start(&mut node, start_at);
     let limit = plan().start_timeout;
     let mut now = start_at + limit - SECOND;
-    node.step(Event::LogGrew, now);
-    assert!(
-        !node
-            .step(Event::Tick, start_at + limit)
-            .contains(&Action::Kill)
-    );
-    while now < start_at + limit * 10 {
-        node.step(Event::LogGrew, now);
+    node.step(progress(1), now);
+    assert_eq!(node.phase(), Phase::Starting);
+    let actions = node.step(Event::Tick, start_at + limit);
+    assert!(!actions.contains(&Action::Kill), "not extended");
+    for turn in 2.. {
+        node.step(progress(turn), now);
         now += SECOND * 60;
         if node.step(Event::Tick, now).contains(&Action::Kill) {
-            return;
+            break;
         }
     }
-    panic!("the start never ended");
+    assert!(now >= start_at + limit * START_EXTENSIONS);
+    assert!(now < start_at + limit * (START_EXTENSIONS + 1), "for ever");
+}
+
+#[test]
+fn progress_extends_the_start_but_not_for_ever() {
+    extended(|_| Event::LogGrew);
+    extended(|turn| Event::Memory(turn * MEMORY_STEP));
+}
+
+#[test]
+fn memory_that_stays_is_no_progress() {
+    let (mut node, now) = machine(Role::Unified);
+    start(&mut node, now);
+    node.step(Event::Memory(MEMORY_STEP * 9), now);
+    let end = now + plan().start_timeout;
+    for bytes in [MEMORY_STEP * 2, MEMORY_STEP * 10 - 1] {
+        node.step(Event::Memory(bytes), end - SECOND);
+    }
+    assert!(node.step(Event::Tick, end).contains(&Action::Kill));
 }
 
 #[test]
@@ -183,10 +199,14 @@ fn a_hopeless_death_is_not_retried() {
 
 #[test]
 fn a_hopeless_last_word_counts_only_before_the_node_was_healthy() {
-    use super::super::obituary::{Exit, write};
+    use super::super::obituary::{End, Exit, write};
     let obituary = || {
         let tail = ["FileNotFoundError: [Errno 2] No such file or directory: '/x'".to_owned()];
-        let obituary = write(Exit::Code(1), &tail);
+        let end = End {
+            exit: Exit::Code(1),
+            out_of_memory: false,
+        };
+        let obituary = write(end, &tail);
         assert_eq!(obituary.mendable, Mendable::Never);
         Event::Reaped(Some(obituary))
     };
@@ -282,6 +302,7 @@ fn event() -> impl Strategy<Value = Event> {
         1 => Just(Event::Gate(Some(Obstacle::Gpu { index: 0, excess: 1 }))),
         1 => Just(Event::SpawnFailed("x".into())),
         1 => Just(Event::LogGrew),
+        1 => (0u64..99).prop_map(|steps| Event::Memory(steps * MEMORY_STEP)),
         6 => Just(Event::Probe(Probe::Healthy)),
         1 => Just(Event::Probe(Probe::Miss)),
         1 => Just(Event::Probe(Probe::Late)),
