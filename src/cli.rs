@@ -3,6 +3,7 @@
 
 mod client;
 mod completions;
+mod doctor;
 mod exit;
 mod init;
 mod kv;
@@ -55,6 +56,8 @@ enum Command {
     Stop(stop::StopArgs),
     /// Stop, and wait until nothing is left.
     Down(stop::DownArgs),
+    /// Look at everything that `up` needs of this machine, and say what to do about what is wrong.
+    Doctor(doctor::DoctorArgs),
     /// Look at the KV store of a running `up`, or empty it.
     Kv(kv::KvArgs),
     /// Write a topology for this machine: its GPUs in pairs, or its CPUs.
@@ -66,6 +69,9 @@ enum Command {
     /// The process between pegaflow and one node (internal).
     #[command(name = "__guard", hide = true)]
     Guard(GuardArgs),
+    /// The process that `doctor` measures one GPU with (internal).
+    #[command(name = "__probe-gpu", hide = true)]
+    ProbeGpu(doctor::ProbeArgs),
 }
 
 #[derive(Debug, Args)]
@@ -89,6 +95,8 @@ pub fn main() -> ExitCode {
         Command::Down(args) => ended(converse(stop::down(args))),
         Command::Kv(args) => ended(converse(kv::kv(args))),
         Command::Plan(args) => ended(plan::plan(&args)),
+        Command::Doctor(args) => ended(doctor::doctor(args)),
+        Command::ProbeGpu(args) => doctor::probe_main(&args),
         Command::Init(args) => ended(init::init(&args)),
         Command::Completions(args) => ended(print(completions::script(&args, Cli::command()))),
         Command::Schema => ended(print(format!("{:#}\n", crate::topology::schema()))),

@@ -14,6 +14,8 @@ use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
+mod cuda;
+mod disk;
 mod gpus;
 mod memory;
 mod numa;
@@ -21,7 +23,9 @@ mod ports;
 #[cfg(test)]
 mod testing;
 
-pub use gpus::{GpuFindings, GpuHolder, GpuPath, Link, take_gpus};
+pub use cuda::{GpuProbe, GpuProbeError, probe_gpu};
+pub use disk::{Space, space};
+pub use gpus::{DriverVersions, GpuFindings, GpuHolder, GpuPath, Link, take_gpus};
 pub use memory::{
     HUGE_PAGE, HugePages, Memlock, MemoryFacts, ShmemThp, memory_available, raise_memlock,
 };
@@ -47,6 +51,8 @@ pub struct HostSnapshot {
     /// GPUs that NVML counts, but that do not answer, by NVML's index.
     pub lost_gpus: Vec<u32>,
     pub nvml: NvmlStatus,
+    /// Where NVML tells them.
+    pub driver: Option<DriverVersions>,
 }
 
 /// One GPU as NVML sees it.
@@ -117,6 +123,7 @@ impl HostSnapshot {
             gpu_paths: found.paths,
             lost_gpus: found.lost,
             nvml: found.nvml,
+            driver: found.driver,
         })
     }
 }

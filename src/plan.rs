@@ -27,6 +27,7 @@ mod redact;
 mod render;
 mod report;
 
+pub use gpu::holders;
 pub use kv::{ArenaPlan, KvPlan, NumaPlan, PageKind, PoolPlan};
 pub use memory::MemoryEstimate;
 use problem::Found;

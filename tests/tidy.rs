@@ -44,6 +44,7 @@ const MAY_BE_UNSAFE: &[&str] = &[
     "src/engine/arena.rs",
     "src/engine/arena/sys.rs",
     "src/engine/client.rs",
+    "src/host/cuda.rs",
     "src/supervise/guard.rs",
     "src/supervise/guard/place.rs",
     "tests/crash_worker/arena.rs",

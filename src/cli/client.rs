@@ -45,8 +45,8 @@ impl Which {
     }
 }
 
-/// Runs a command that is a conversation with an instance.
-pub fn converse(command: impl Future<Output = Result<(), Exit>>) -> Result<(), Exit> {
+/// Runs a command that waits for others: an instance, or helper programs.
+pub fn converse<T>(command: impl Future<Output = Result<T, Exit>>) -> Result<T, Exit> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

@@ -14,7 +14,7 @@ use crate::topology::{Launcher, ModelFacts, ModelRef, Problem, Topology, Topolog
 use crate::{host, instance, model, runtime};
 
 /// Drivers that sleep take seconds; longer is a fault.
-const LOOK_LIMIT: Duration = Duration::from_secs(30);
+pub const LOOK_LIMIT: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Args)]
 pub struct PlanArgs {

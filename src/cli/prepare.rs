@@ -13,7 +13,7 @@ use crate::topology::{self, Launcher, ModelFacts, Topology};
 /// `pegaflow prepare`: does the slow, once-only part of `up`, and prints where things are.
 pub async fn prepare(cx: Context) -> Result<(), Exit> {
     let topology = cx.load()?;
-    let shim = tempdir(&topology)?;
+    let shim = tempdir(&topology.name)?;
     let outcome = async {
         instance::unpack_shim(&shim).map_err(|e| Exit::Failed(e.into()))?;
         install(&cx, &topology, &shim, None).await
@@ -29,8 +29,9 @@ pub async fn prepare(cx: Context) -> Result<(), Exit> {
     Ok(())
 }
 
-fn tempdir(topology: &Topology) -> Result<std::path::PathBuf, Exit> {
-    let name = format!("pegaflow-{}-{:016x}", topology.name, rand::random::<u64>());
+/// A directory that nobody else has.
+pub fn tempdir(name: &str) -> Result<PathBuf, Exit> {
+    let name = format!("pegaflow-{name}-{:016x}", rand::random::<u64>());
     let dir = std::env::temp_dir().join(name);
     std::fs::create_dir(&dir).map_err(|e| Exit::failed("cannot make a temporary directory", e))?;
     Ok(dir)

@@ -1,13 +1,14 @@
 //! GPUs through NVML: what there is, how close it is, and who holds its memory.
 
 use std::env;
+use std::fmt;
 use std::fs;
 use std::path::Path;
 
 use nvml_wrapper::enum_wrappers::device::{P2pCapabilitiesIndex, P2pStatus, TopologyLevel};
 use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::error::NvmlError;
-use nvml_wrapper::{Device, Nvml};
+use nvml_wrapper::{Device, Nvml, cuda_driver_version_major, cuda_driver_version_minor};
 use serde::{Deserialize, Serialize};
 
 use super::{Gpu, NvmlStatus, numa};
@@ -69,6 +70,38 @@ pub struct GpuFindings {
     /// GPUs that do not answer, by NVML's index.
     pub lost: Vec<u32>,
     pub nvml: NvmlStatus,
+    pub driver: Option<DriverVersions>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DriverVersions {
+    pub driver: String,
+    /// The newest CUDA that it can run, like `12.8`.
+    pub cuda: Option<String>,
+}
+
+impl fmt::Display for DriverVersions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "driver {}", self.driver)?;
+        match &self.cuda {
+            Some(cuda) => write!(f, " for CUDA up to {cuda}"),
+            None => Ok(()),
+        }
+    }
+}
+
+fn driver(nvml: &Nvml) -> Option<DriverVersions> {
+    let cuda = nvml.sys_cuda_driver_version().ok();
+    Some(DriverVersions {
+        driver: nvml.sys_driver_version().ok()?,
+        cuda: cuda.map(|version| {
+            let (major, minor) = (
+                cuda_driver_version_major(version),
+                cuda_driver_version_minor(version),
+            );
+            format!("{major}.{minor}")
+        }),
+    })
 }
 
 fn nvml() -> Result<Nvml, NvmlError> {
@@ -121,6 +154,7 @@ fn look(nvml: &Nvml) -> Result<GpuFindings, NvmlError> {
         gpus: found.into_iter().map(|(gpu, _)| gpu).collect(),
         lost,
         nvml: NvmlStatus::Available,
+        driver: driver(nvml),
     })
 }
 

@@ -391,7 +391,7 @@ impl Booking<'_> {
 }
 
 /// Who holds a GPU's memory, and how much.
-fn holders(gpu: &Gpu) -> String {
+pub fn holders(gpu: &Gpu) -> String {
     let describe = |holder: &GpuHolder| {
         let who = match &holder.name {
             Some(name) => format!("{name} (pid {})", holder.pid),

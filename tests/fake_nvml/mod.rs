@@ -14,13 +14,25 @@ pub fn build_old(directory: &Path) {
     compile(directory, &["-DOLD_DRIVER"]);
 }
 
+/// Compiles `libcuda.so.1` (`cuda.c` says how it is scripted) into a directory.
+#[allow(dead_code, reason = "not every test needs it")]
+pub fn build_cuda(directory: &Path) {
+    build_library(directory, "cuda.c", "libcuda.so.1", &[]);
+}
+
 fn compile(directory: &Path, flags: &[&str]) {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_nvml/nvml.c");
+    build_library(directory, "nvml.c", "libnvidia-ml.so.1", flags);
+}
+
+fn build_library(directory: &Path, source: &str, library: &str, flags: &[&str]) {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/fake_nvml")
+        .join(source);
     let output = Command::new("cc")
         .args(["-shared", "-fPIC", "-Wall", "-Werror"])
         .args(flags)
         .arg("-o")
-        .arg(directory.join("libnvidia-ml.so.1"))
+        .arg(directory.join(library))
         .arg(source)
         .output()
         .expect("a C compiler named cc");
