@@ -12,6 +12,7 @@ mod logs;
 mod plan;
 mod prepare;
 mod ready;
+mod service;
 mod status;
 mod stop;
 mod topology_args;
@@ -19,6 +20,7 @@ mod up;
 
 use std::io::Write as _;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
@@ -30,6 +32,7 @@ use crate::observe::{Console, LogFormat};
 use crate::shutdown::{Shutdown, SignalListener};
 use crate::supervise::{GuardArgs, guard_main};
 use crate::topology::Topology;
+use service::Service;
 use topology_args::TopologyArgs;
 
 /// Prefill/decode-disaggregated vLLM serving on one machine.
@@ -119,6 +122,7 @@ struct Context {
     topology: TopologyArgs,
     console: Console,
     shutdown: Shutdown,
+    service: Arc<Service>,
 }
 
 impl Context {
@@ -173,6 +177,7 @@ where
         topology: target.topology.clone(),
         console: console.clone(),
         shutdown,
+        service: Arc::new(Service::from_env()),
     };
     let outcome = runtime.block_on(command(context));
     // Whatever still runs lost its owner: do not wait for it.

@@ -10,6 +10,7 @@
 //! - [`router`]: OpenAI-compatible HTTP; sends a request to a prefill node, waits on the hand-off
 //!   board, and sends the same prompt to a decode node.
 //!
+//! - [`notify`]: what a service manager is told.
 //! - [`control`]: an API on a Unix socket for whoever operates it.
 //!
 //! Data flows one way: TOML -> Topology -> (host snapshot) -> Plan -> Fleet -> {supervise | engine |
@@ -32,6 +33,7 @@ pub mod handoff;
 pub mod host;
 pub mod instance;
 pub mod model;
+pub mod notify;
 pub mod observe;
 pub mod plan;
 pub mod router;

@@ -43,6 +43,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::fleet::FleetWatch;
 use crate::handoff::HandoffBoard;
+use crate::notify::Vitals;
 use crate::plan::RouterPlan;
 use crate::shutdown::Shutdown;
 use crate::traffic::Traffic;
@@ -63,6 +64,8 @@ pub struct RouterDeps {
     pub metrics: RouterMetrics,
     /// What `GET /metrics` prints.
     pub registry: Arc<Registry>,
+    /// Where the accept loop shows that it makes progress.
+    pub vitals: Vitals,
 }
 
 /// Serves until `shutdown.graceful()`, then lets running requests finish for
@@ -72,11 +75,13 @@ pub async fn serve(
     deps: RouterDeps,
     shutdown: Shutdown,
 ) -> Result<(), RouterError> {
+    let mut beat = deps.vitals.part("the router");
     let cx = Arc::new(Context::new(deps, &shutdown)?);
-    server::run(listener, routes::routes(cx.clone()), &cx.plan, &shutdown).await?;
+    let routes = routes::routes(cx.clone());
+    server::run(listener, routes, &cx.plan, &shutdown, &mut beat).await?;
     cx.stop.cancel();
     cx.background.close();
-    cx.background.wait().await;
+    beat.during(cx.background.wait()).await;
     Ok(())
 }
 

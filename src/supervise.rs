@@ -58,6 +58,7 @@ use tokio::task::{self, JoinSet};
 
 use crate::fleet::{FleetPublisher, KvTrust, NodeId, Phase};
 use crate::handoff::HandoffBoard;
+use crate::notify::Vitals;
 use crate::plan::{NodePlan, SupervisorPlan};
 use crate::shutdown::Shutdown;
 use crate::topology::Secrets;
@@ -100,6 +101,8 @@ pub struct SupervisorDeps {
     /// Executed as `<program> __guard ...`; normally pegaflow itself.
     pub guard_program: PathBuf,
     pub console: Arc<dyn LogSink>,
+    /// Where each actor shows that it makes progress.
+    pub vitals: Vitals,
     /// What the nodes' logs must not show.
     pub secrets: Secrets,
     /// `None`: there is no store.
@@ -151,7 +154,8 @@ pub async fn run(deps: SupervisorDeps, shutdown: Shutdown) -> Result<(), Supervi
         let (sender, receiver) = mpsc::channel(VERDICTS);
         verdicts.insert(plan.id.clone(), sender);
         let id = plan.id.clone();
-        let actor = NodeActor::new(shared.clone(), plan, receiver);
+        let beat = deps.vitals.part(format!("the supervisor of {id}"));
+        let actor = NodeActor::new(shared.clone(), plan, receiver, beat);
         actors.spawn(id, actor.run(shutdown.clone()));
     }
     let canary = Canary {

@@ -20,6 +20,7 @@ use tokio::task::JoinHandle;
 
 use pegaflow::fleet::{FleetPublisher, NodeId, NodeView, Phase, Role};
 use pegaflow::handoff::HandoffBoard;
+use pegaflow::notify::Vitals;
 use pegaflow::plan::{NodePlan, SupervisorPlan};
 use pegaflow::shutdown::Shutdown;
 use pegaflow::supervise::{self, CanaryPlan, LogSink, SupervisorDeps, SupervisorError};
@@ -116,6 +117,7 @@ impl Supervised {
             console: Arc::new(Quiet),
             secrets: Secrets::default(),
             store: None,
+            vitals: Vitals::default(),
         };
         let task = tokio::spawn(supervise::run(deps, shutdown.clone()));
         Self {

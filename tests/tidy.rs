@@ -22,7 +22,7 @@ const LAYERS: &[&[&str]] = &[
     &["plan"],
     &["runtime", "model", "instance", "host", "topology"],
     &["traffic"],
-    &["fleet", "handoff", "shutdown"],
+    &["fleet", "handoff", "notify", "shutdown"],
 ];
 
 /// Within one layer.

@@ -74,6 +74,7 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
     let shim = instance
         .unpack_shim()
         .map_err(|error| Exit::Machine(error.into()))?;
+    cx.service.preparing();
     let Installed { runtime, model } =
         install(&cx, &topology, &shim, Some(instance.dir().to_owned())).await?;
     let plan = run.plan(&host, runtime.launcher, model)?;
@@ -130,6 +131,7 @@ async fn serve(
         run_dir: instance.dir().to_owned(),
         guard_program: guard_program()?,
         console: Arc::new(NodeLines(cx.console.clone())),
+        vitals: cx.service.vitals.clone(),
         secrets: plan.secrets.clone(),
         store: engine.clone().map(|engine| Arc::new(Sessions(engine)) as _),
     };
@@ -141,10 +143,14 @@ async fn serve(
         traffic,
         metrics,
         registry: Arc::new(registry),
+        vitals: cx.service.vitals.clone(),
     };
     let supervisor = part(cx, supervise::run(supervisor, nodes.clone()));
     let router = part(cx, router::serve(listener, router, cx.shutdown.clone()));
     let mut helpers = JoinSet::new();
+    let (service, told) = (cx.service.clone(), fleet.watch());
+    let end = cx.shutdown.graceful().clone();
+    helpers.spawn(async move { service.watch(told, end).await });
     helpers.spawn(pass_on_force(cx.shutdown.clone(), nodes.clone()));
     if let Some(engine) = &engine {
         helpers.spawn(forget_the_gone(engine.clone(), fleet.watch()));
@@ -284,6 +290,7 @@ async fn watch_start(
     }
     started.store(true, Ordering::Relaxed);
     let snapshot = fleet.borrow().clone();
+    cx.service.ready(&snapshot);
     let _narrator = AbortOnDrop(tokio::spawn(ready::narrate(fleet.clone())));
     announce(
         &cx.console,

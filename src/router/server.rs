@@ -13,6 +13,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::error::RouterError;
+use crate::notify::Beat;
 use crate::plan::RouterPlan;
 use crate::shutdown::Shutdown;
 
@@ -28,6 +29,7 @@ pub(super) async fn run(
     routes: Router,
     plan: &RouterPlan,
     shutdown: &Shutdown,
+    beat: &mut Beat,
 ) -> Result<(), RouterError> {
     listener.local_addr().map_err(RouterError::Listener)?;
     let drain_timeout = plan.drain_timeout;
@@ -48,14 +50,16 @@ pub(super) async fn run(
                     sleep(ACCEPT_PAUSE).await;
                 }
             },
+            () = beat.tick() => {}
         }
+        beat.mark();
     }
     drop(listener);
     let drained = async { while connections.join_next().await.is_some() {} };
     tokio::select! {
         biased;
         () = shutdown.forced().cancelled() => {}
-        result = timeout(drain_timeout, drained) => if result.is_err() {
+        result = beat.during(timeout(drain_timeout, drained)) => if result.is_err() {
             tracing::warn!(?drain_timeout, "requests were still running; dropping them");
         },
     }

@@ -54,6 +54,9 @@ impl Guarding {
             .arg("--")
             .arg(inner.get_program())
             .args(inner.get_args());
+        for name in crate::notify::VARIABLES {
+            outer.env_remove(name);
+        }
         for (name, value) in inner.get_envs() {
             match value {
                 Some(value) => outer.env(name, value),

@@ -79,9 +79,11 @@ impl Incarnation {
             let nodes: Vec<_> = spec.numa.iter().map(u32::to_string).collect();
             command.args(["--numa", &nodes.join(",")]);
         }
+        command.arg("--").args(spec.argv);
+        for name in crate::notify::VARIABLES {
+            command.env_remove(name);
+        }
         command
-            .arg("--")
-            .args(spec.argv)
             .envs(spec.env)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::from(output.try_clone()?))

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use crate::fleet::{FleetPublisher, NodeId};
+use crate::notify::Beat;
 use crate::plan::{NodePlan, SupervisorPlan};
 use crate::shutdown::Shutdown;
 use crate::topology::Secrets;
@@ -74,6 +75,7 @@ pub struct NodeActor {
     shared: Arc<Shared>,
     plan: NodePlan,
     verdicts: mpsc::Receiver<Verdict>,
+    beat: Beat,
     machine: Machine,
     life: Option<Incarnation>,
     end: Option<End>,
@@ -97,12 +99,18 @@ pub struct NodeActor {
 }
 
 impl NodeActor {
-    pub fn new(shared: Arc<Shared>, plan: NodePlan, verdicts: mpsc::Receiver<Verdict>) -> Self {
+    pub fn new(
+        shared: Arc<Shared>,
+        plan: NodePlan,
+        verdicts: mpsc::Receiver<Verdict>,
+        beat: Beat,
+    ) -> Self {
         let machine = Machine::new(shared.plan.clone(), plan.role, Instant::now());
         Self {
             shared,
             plan,
             verdicts,
+            beat,
             machine,
             life: None,
             end: None,
@@ -135,6 +143,7 @@ impl NodeActor {
                 self.incarnation += 1;
             }
             self.publish();
+            self.beat.mark();
             for action in actions {
                 self.act(action).await;
             }
@@ -157,6 +166,7 @@ impl NodeActor {
                 Some(Ok(look)) = self.looks.join_next() => Some(self.looked(look)),
                 Some(tail) = self.burial.join_next() => Some(self.buried(tail.unwrap_or_default())),
                 () = sleep_until(self.machine.deadline()) => Some(self.clock()),
+                () = self.beat.tick() => continue,
             };
             match event {
                 Some(event) => return event,

@@ -7,6 +7,7 @@ use std::time::Duration;
 use http::HeaderMap;
 use pegaflow::fleet::{FleetPublisher, KvTrust, NodeView, Phase, Role};
 use pegaflow::handoff::HandoffBoard;
+use pegaflow::notify::Vitals;
 use pegaflow::plan::RouterPlan;
 use pegaflow::router::{RouterDeps, RouterError, RouterMetrics, serve};
 use pegaflow::shutdown::Shutdown;
@@ -74,6 +75,7 @@ impl Rig {
             traffic: Traffic::default(),
             metrics: RouterMetrics::register(&mut registry),
             registry: Arc::new(registry),
+            vitals: Vitals::default(),
         };
         let shutdown = Shutdown::default();
         let task = tokio::spawn(serve(listener, deps, shutdown.clone()));
