@@ -9,6 +9,7 @@ mod init;
 mod kv;
 mod leftovers;
 mod logs;
+mod orders;
 mod plan;
 mod prepare;
 mod ready;
@@ -55,6 +56,13 @@ enum Command {
     Status(status::StatusArgs),
     /// Show what the nodes write, or wrote before the end.
     Logs(logs::LogsArgs),
+    /// Restart a node of a running `up`, or all of a role, after their requests; also one that was
+    /// given up.
+    Restart(orders::RestartArgs),
+    /// Send a node nothing new; it finishes what it has, and stays up.
+    Drain(orders::DrainArgs),
+    /// Let a drained node serve again.
+    Undrain(orders::UndrainArgs),
     /// Tell a running `up` to finish running requests and end.
     Stop(stop::StopArgs),
     /// Stop, and wait until nothing is left.
@@ -94,6 +102,9 @@ pub fn main() -> ExitCode {
         Command::Prepare(target) => run(&target, prepare::prepare),
         Command::Status(args) => ended(converse(status::status(args))),
         Command::Logs(args) => ended(converse(logs::logs(args))),
+        Command::Restart(args) => ended(converse(orders::restart(args))),
+        Command::Drain(args) => ended(converse(orders::drain(args))),
+        Command::Undrain(args) => ended(converse(orders::undrain(args))),
         Command::Stop(args) => ended(converse(stop::stop(args))),
         Command::Down(args) => ended(converse(stop::down(args))),
         Command::Kv(args) => ended(converse(kv::kv(args))),

@@ -9,6 +9,7 @@
 //! |---|---|
 //! | `GET /v1/status` | the instance and its nodes: see [`Status`] |
 //! | `GET /v1/logs`, `GET /v1/logs/NODE` | their last lines; `?lines=100&follow=true` |
+//! | `POST /v1/nodes/TARGET/restart`, `.../drain`, `.../undrain` | a node, or all of a role; `?force=true`, `?limit=30s` |
 //! | `POST /v1/stop` | as Ctrl-C does; with `?force=true` as the second one does |
 //! | `GET /v1/fleet` | the nodes: role, phase, address, pid, why |
 //! | `GET /v1/kv` | the store's figures |
@@ -20,6 +21,7 @@
 //! the nodes start until everything else has stopped. A refusal is `{"error": "..."}`.
 
 mod logs;
+mod orders;
 mod status;
 
 use std::fs::Permissions;
@@ -44,9 +46,11 @@ use tokio_util::sync::CancellationToken;
 use crate::engine::Engine;
 use crate::fleet::FleetWatch;
 use crate::shutdown::Shutdown;
+use crate::supervise::Orders;
 use crate::traffic::Traffic;
 
 pub use logs::LogFeed;
+pub use orders::{Accepted, AcceptedNode};
 pub use status::{About, Devices, NodeStatus, State, Status, rfc3339, seconds};
 
 /// How long a request that runs may still take when everything ends.
@@ -67,6 +71,8 @@ pub struct ControlDeps {
     pub about: Arc<About>,
     pub fleet: FleetWatch,
     pub traffic: Traffic,
+    /// Where commands for nodes go.
+    pub orders: Orders,
     /// Where a stop goes.
     pub shutdown: Shutdown,
     /// The first start has been settled.
@@ -142,6 +148,9 @@ fn routes(api: Api) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/logs", get(all_logs))
         .route("/v1/logs/{node}", get(node_logs))
+        .route("/v1/nodes/{target}/restart", post(orders::restart))
+        .route("/v1/nodes/{target}/drain", post(orders::drain))
+        .route("/v1/nodes/{target}/undrain", post(orders::undrain))
         .route("/v1/stop", post(stop))
         .route("/v1/fleet", get(fleet))
         .route("/v1/kv", get(|state| kv(state, Engine::stats)))

@@ -10,6 +10,7 @@
 //!    │                              │
 //!    └────────── Backoff ◀──────────┤        CrashLoop (too many deaths; needs a hand)
 //!                                   └──────▶ Failed    (a reason that a retry cannot mend)
+//! Ready, Unreachable ─▶ Draining ─▶ Ready, or Stopping ─▶ Pending      (a person's drain, or restart)
 //! any ─▶ Stopping ─▶ Stopped
 //! ```
 
@@ -87,6 +88,8 @@ pub enum Phase {
     Ready,
     /// Ready, but the last health probe got no answer.
     Unreachable,
+    /// Ready, but a person has asked for a drain or a restart: finishes what it has.
+    Draining,
     /// Died; is started again after the delay.
     Backoff {
         #[serde(serialize_with = "as_millis")]
@@ -114,6 +117,7 @@ impl Phase {
             Self::Verifying => "verifying",
             Self::Ready => "ready",
             Self::Unreachable => "unreachable",
+            Self::Draining => "draining",
             Self::Backoff { .. } => "backoff",
             Self::CrashLoop => "crash_loop",
             Self::Failed => "failed",

@@ -40,6 +40,7 @@ mod logs;
 mod node;
 mod obituary;
 mod oom;
+mod orders;
 mod probe;
 mod state;
 mod sweep;
@@ -62,13 +63,16 @@ use crate::notify::Vitals;
 use crate::plan::{NodePlan, SupervisorPlan};
 use crate::shutdown::Shutdown;
 use crate::topology::Secrets;
+use crate::traffic::Traffic;
 
 pub use gate::StoreSessions;
 pub use guard::{GuardArgs, guard_main};
 pub use logs::LogSink;
+pub use orders::{OrderDesk, Orders, orders};
+pub use state::{Command, Refusal};
 
 use canary::{Canary, Pace};
-use node::{NodeActor, Shared};
+use node::{Inbox, NodeActor, Shared};
 use probe::NodeClient;
 
 /// Verdicts for one node that wait for its actor.
@@ -95,6 +99,10 @@ pub struct SupervisorDeps {
     pub canary: CanaryPlan,
     pub fleet: FleetPublisher,
     pub board: HandoffBoard,
+    /// Closed for a node that drains; tells when nothing is left there.
+    pub traffic: Traffic,
+    /// What people ask of the nodes.
+    pub orders: OrderDesk,
     pub log_dir: PathBuf,
     /// Removed by a guard if pegaflow is killed.
     pub run_dir: PathBuf,
@@ -141,6 +149,7 @@ pub async fn run(deps: SupervisorDeps, shutdown: Shutdown) -> Result<(), Supervi
         client: client.clone(),
         served_model: deps.canary.served_model.clone(),
         fleet: deps.fleet.clone(),
+        traffic: deps.traffic,
         log_dir: deps.log_dir,
         run_dir: deps.run_dir,
         guard_program: deps.guard_program,
@@ -150,12 +159,17 @@ pub async fn run(deps: SupervisorDeps, shutdown: Shutdown) -> Result<(), Supervi
     });
     let mut actors = Actors::new(deps.fleet.clone());
     let mut verdicts = BTreeMap::new();
+    let mut orders = deps.orders;
     for plan in deps.nodes {
         let (sender, receiver) = mpsc::channel(VERDICTS);
         verdicts.insert(plan.id.clone(), sender);
         let id = plan.id.clone();
+        let inbox = Inbox {
+            verdicts: receiver,
+            orders: orders.take(&id),
+        };
         let beat = deps.vitals.part(format!("the supervisor of {id}"));
-        let actor = NodeActor::new(shared.clone(), plan, receiver, beat);
+        let actor = NodeActor::new(shared.clone(), plan, inbox, beat);
         actors.spawn(id, actor.run(shutdown.clone()));
     }
     let canary = Canary {

@@ -23,8 +23,9 @@ use pegaflow::handoff::HandoffBoard;
 use pegaflow::notify::Vitals;
 use pegaflow::plan::{NodePlan, SupervisorPlan};
 use pegaflow::shutdown::Shutdown;
-use pegaflow::supervise::{self, CanaryPlan, LogSink, SupervisorDeps, SupervisorError};
+use pegaflow::supervise::{self, CanaryPlan, LogSink, OrderDesk, SupervisorDeps, SupervisorError};
 use pegaflow::topology::Secrets;
+use pegaflow::traffic::Traffic;
 
 use supervise_common::{LIMIT, alive, eventually, marker};
 
@@ -111,6 +112,8 @@ impl Supervised {
             },
             fleet: fleet.clone(),
             board: HandoffBoard::default(),
+            traffic: Traffic::default(),
+            orders: OrderDesk::default(),
             log_dir: dir.path().join("logs"),
             run_dir: dir.path().to_owned(),
             guard_program: guard.to_owned(),

@@ -197,6 +197,16 @@ pub fn name_of(of: &Path) -> Result<String, Exit> {
     topology.instance()
 }
 
+/// As one segment of a path; a node's name needs no escapes, and anything else is no node's name.
+pub fn segment(node: &str) -> String {
+    node.bytes()
+        .map(|byte| match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => char::from(byte).to_string(),
+            byte => format!("%{byte:02X}"),
+        })
+        .collect()
+}
+
 fn only_one() -> Result<String, Exit> {
     let mut running = instance::all_running().map_err(machine)?;
     match running.len() {

@@ -7,7 +7,7 @@ use anyhow::anyhow;
 use clap::Args;
 
 use super::Exit;
-use super::client::{Instance, Named, machine, name_of, note, print};
+use super::client::{Instance, Named, machine, name_of, note, print, segment};
 use crate::control::{LogFeed, OWN_LOG};
 use crate::instance;
 use crate::observe;
@@ -44,8 +44,9 @@ pub async fn logs(args: LogsArgs) -> Result<(), Exit> {
 async fn open(args: &LogsArgs, name: Option<&Path>) -> Result<(Instance, reqwest::Response), Exit> {
     let instance = Instance::find(name)?;
     let (lines, follow) = (args.lines, args.follow);
-    let node = args.node.as_deref().map(path_part).unwrap_or_default();
-    let path = format!("/v1/logs{node}?lines={lines}&follow={follow}");
+    let node = args.node.as_deref().map(segment).unwrap_or_default();
+    let slash = if args.node.is_some() { "/" } else { "" };
+    let path = format!("/v1/logs{slash}{node}?lines={lines}&follow={follow}");
     let reply = instance.stream(&path).await?;
     Ok((instance, reply))
 }
@@ -55,18 +56,6 @@ async fn pass_on(instance: &Instance, mut reply: reqwest::Response) -> Result<()
         print(&text)?;
     }
     Ok(())
-}
-
-/// As one segment of a path; a node's name needs no escapes, and anything else is no node's name.
-fn path_part(node: &str) -> String {
-    let escaped: String = node
-        .bytes()
-        .map(|byte| match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' => char::from(byte).to_string(),
-            byte => format!("%{byte:02X}"),
-        })
-        .collect();
-    format!("/{escaped}")
 }
 
 fn from_files(args: &LogsArgs, name: Option<String>) -> Result<(), Exit> {

@@ -108,10 +108,12 @@ async fn serve(
 
     let traffic = Traffic::default();
     let started = Arc::new(AtomicBool::new(false));
+    let (orders, desk) = supervise::orders(plan.nodes.iter().map(|node| &node.id));
     let control = ControlDeps {
         about: Arc::new(about(cx, plan, instance)),
         fleet: fleet.watch(),
         traffic: traffic.clone(),
+        orders,
         shutdown: cx.shutdown.clone(),
         started: started.clone(),
         engine: engine.clone(),
@@ -127,6 +129,8 @@ async fn serve(
         canary: canary(plan),
         fleet: fleet.clone(),
         board: board.clone(),
+        traffic: traffic.clone(),
+        orders: desk,
         log_dir: instance.log_dir().to_owned(),
         run_dir: instance.dir().to_owned(),
         guard_program: guard_program()?,
@@ -217,6 +221,7 @@ fn about(cx: &Context, plan: &Plan, instance: &Instance) -> About {
         topology: std::path::absolute(file).unwrap_or_else(|_| file.clone()),
         logs: instance.log_dir().to_owned(),
         started: instance.started(),
+        drain_timeout: plan.router.drain_timeout,
         devices: devices.collect::<BTreeMap<_, _>>(),
     }
 }

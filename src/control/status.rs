@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +18,8 @@ pub struct About {
     pub topology: PathBuf,
     pub logs: PathBuf,
     pub started: SystemTime,
+    /// How long a restart waits for running requests.
+    pub drain_timeout: Duration,
     pub devices: BTreeMap<NodeId, Devices>,
 }
 

@@ -125,7 +125,9 @@ pub(super) fn retry_after(fleet: &FleetSnapshot) -> u64 {
     let now = SystemTime::now();
     let until = |node: &NodeView| match node.phase {
         Phase::Ready | Phase::Unreachable | Phase::Verifying => Some(1),
-        Phase::Pending | Phase::Starting | Phase::WarmingUp => Some(RETRY_AFTER_START),
+        Phase::Pending | Phase::Starting | Phase::WarmingUp | Phase::Draining => {
+            Some(RETRY_AFTER_START)
+        }
         Phase::Backoff { delay } => {
             let left = node.next_start().and_then(|at| at.duration_since(now).ok());
             let left = left.unwrap_or_default().min(delay);

@@ -306,7 +306,7 @@ fn departure(fleet: &FleetSnapshot, pick: &Pick) -> Option<&'static str> {
         None => Some("removed"),
         Some(node) if node.incarnation != pick.incarnation => Some("restarted"),
         Some(node) => match node.phase {
-            Phase::Ready | Phase::Stopping => None,
+            Phase::Ready | Phase::Draining | Phase::Stopping => None,
             ref phase => Some(phase.label()),
         },
     }

@@ -59,6 +59,12 @@ impl Deaths {
         Verdict::Restart(self.delay())
     }
 
+    /// A person has looked after the node: it starts afresh.
+    pub fn forget(&mut self) {
+        self.recent.clear();
+        self.in_a_row = 0;
+    }
+
     fn delay(&mut self) -> Duration {
         let Some(doublings) = self.in_a_row.checked_sub(2) else {
             return Duration::ZERO;

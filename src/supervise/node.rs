@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
 use crate::fleet::{FleetPublisher, NodeId};
@@ -17,14 +17,16 @@ use crate::notify::Beat;
 use crate::plan::{NodePlan, SupervisorPlan};
 use crate::shutdown::Shutdown;
 use crate::topology::Secrets;
+use crate::traffic::Traffic;
 
 use super::child::{Incarnation, SpawnSpec, Status, log_path};
 use super::gate::{Baseline, Gate, Look, StoreSessions};
 use super::logs::{LogSink, LogTarget};
 use super::obituary::End;
 use super::oom::OomWatch;
+use super::orders::Order;
 use super::probe::NodeClient;
-use super::state::{Action, Event, Machine};
+use super::state::{Action, Event, Machine, Refusal};
 
 mod publish;
 mod stop;
@@ -42,12 +44,19 @@ pub struct Shared {
     pub client: NodeClient,
     pub served_model: String,
     pub fleet: FleetPublisher,
+    pub traffic: Traffic,
     pub log_dir: PathBuf,
     pub run_dir: PathBuf,
     pub guard_program: PathBuf,
     pub console: Arc<dyn LogSink>,
     pub secrets: Secrets,
     pub store: Option<Arc<dyn StoreSessions>>,
+}
+
+/// Where others speak to an actor.
+pub struct Inbox {
+    pub verdicts: mpsc::Receiver<Verdict>,
+    pub orders: mpsc::Receiver<Order>,
 }
 
 /// What the canary found, for the incarnation it looked at.
@@ -74,7 +83,9 @@ pub enum Ended {
 pub struct NodeActor {
     shared: Arc<Shared>,
     plan: NodePlan,
-    verdicts: mpsc::Receiver<Verdict>,
+    inbox: Inbox,
+    /// Who waits until the command that comes next is done.
+    ordered: Option<oneshot::Sender<Result<(), Refusal>>>,
     beat: Beat,
     machine: Machine,
     life: Option<Incarnation>,
@@ -99,17 +110,13 @@ pub struct NodeActor {
 }
 
 impl NodeActor {
-    pub fn new(
-        shared: Arc<Shared>,
-        plan: NodePlan,
-        verdicts: mpsc::Receiver<Verdict>,
-        beat: Beat,
-    ) -> Self {
+    pub fn new(shared: Arc<Shared>, plan: NodePlan, inbox: Inbox, beat: Beat) -> Self {
         let machine = Machine::new(shared.plan.clone(), plan.role, Instant::now());
         Self {
             shared,
             plan,
-            verdicts,
+            inbox,
+            ordered: None,
             beat,
             machine,
             life: None,
@@ -144,6 +151,10 @@ impl NodeActor {
             }
             self.publish();
             self.beat.mark();
+            if let Some(reply) = self.ordered.take() {
+                // Whoever asked may have left.
+                let _ = reply.send(Ok(()));
+            }
             for action in actions {
                 self.act(action).await;
             }
@@ -161,7 +172,11 @@ impl NodeActor {
                 biased;
                 event = stop.next() => Some(event),
                 status = next_status(&mut self.life) => self.reported(status),
-                Some(verdict) = self.verdicts.recv() => self.judged(verdict),
+                Some(verdict) = self.inbox.verdicts.recv() => self.judged(verdict),
+                Some(order) = self.inbox.orders.recv() => self.told(order),
+                () = self.shared.traffic.drained(&self.plan.id), if self.machine.awaits_idle() => {
+                    Some(Event::Idle)
+                }
                 Some(call) = self.calls.join_next() => call.ok(),
                 Some(Ok(look)) = self.looks.join_next() => Some(self.looked(look)),
                 Some(tail) = self.burial.join_next() => Some(self.buried(tail.unwrap_or_default())),
@@ -173,6 +188,15 @@ impl NodeActor {
                 None => self.publish(),
             }
         }
+    }
+
+    fn told(&mut self, order: Order) -> Option<Event> {
+        if let Err(refusal) = self.machine.accepts() {
+            let _ = order.reply.send(Err(refusal));
+            return None;
+        }
+        self.ordered = Some(order.reply);
+        Some(Event::Command(order.command))
     }
 
     async fn act(&mut self, action: Action) {

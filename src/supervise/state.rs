@@ -9,6 +9,8 @@
 //!    └────────────── reaped, restart ◀───────────────── Ending ── reaped, no restart ──▶ Over
 //! ```
 //!
+//! `command.rs` draws what a person adds: `Draining`, a ready node that gets nothing new, and restarts.
+//!
 //! A death is decided on when it is seen (exit, 503, a hang as `liveness.rs` judges it, a deadline,
 //! refused by the KV canary):
 //! the node leaves `Ready` in that step. Its tree is another matter: until `Reaped`, nothing is
@@ -23,10 +25,13 @@ use crate::plan::SupervisorPlan;
 use super::backoff::Deaths;
 use super::liveness::Liveness;
 
+mod command;
 mod ending;
 mod event;
 mod gate;
 mod signs;
+use command::Until;
+pub use command::{Command, Refusal};
 pub use event::{Action, Event, Mendable, Obituary, Probe, Warmth};
 
 const GATE_RETRY: Duration = Duration::from_millis(200);
@@ -70,6 +75,12 @@ enum State {
     Unreachable {
         since: Instant,
     },
+    /// `since`: when it became ready.
+    Draining {
+        since: Instant,
+        reachable: bool,
+        until: Until,
+    },
     Ending {
         then: Then,
         by: Instant,
@@ -85,7 +96,12 @@ enum Next {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Then {
-    Restart { at: Instant, delay: Duration },
+    Restart {
+        at: Instant,
+        delay: Duration,
+    },
+    /// As asked, at once.
+    Again,
     End(End),
 }
 
@@ -121,6 +137,8 @@ pub struct Machine {
     liveness: Liveness,
     force: Force,
     restarts: u32,
+    /// A person has drained it.
+    held: bool,
     spawned: bool,
     /// Some incarnation has answered /health, so the command line is right.
     once_healthy: bool,
@@ -145,6 +163,7 @@ impl Machine {
             late: 0,
             force: Force::None,
             restarts: 0,
+            held: false,
             spawned: false,
             once_healthy: false,
             trust: fresh_trust(role),
@@ -164,9 +183,10 @@ impl Machine {
             State::Verifying => Phase::Verifying,
             State::Ready { .. } => Phase::Ready,
             State::Unreachable { .. } => Phase::Unreachable,
+            State::Draining { .. } => Phase::Draining,
             State::Ending { then, .. } => match then {
                 Then::Restart { delay, .. } => Phase::Backoff { delay },
-                Then::End(End::Stopped) => Phase::Stopping,
+                Then::Again | Then::End(End::Stopped) => Phase::Stopping,
                 Then::End(end) => end.phase(),
             },
             State::Over(end) => end.phase(),
@@ -203,6 +223,10 @@ impl Machine {
             State::Verifying | State::Ready { .. } | State::Unreachable { .. } => {
                 self.liveness.deadline()
             }
+            State::Draining { until, .. } => match until {
+                Until::Undrained => self.liveness.deadline(),
+                Until::Idle { by } => Some(self.liveness.deadline().map_or(by, |at| at.min(by))),
+            },
             State::Over(_) => None,
         };
         match self.probe {
@@ -215,6 +239,8 @@ impl Machine {
         match event {
             Event::Stop => self.stop(now),
             Event::Force => self.force_stop(now),
+            Event::Command(command) => self.command(command, now),
+            Event::Idle => self.idle(now),
             Event::Tick => self.tick(now),
             Event::Gate(obstacle) => self.looked(obstacle, now),
             Event::SpawnFailed(why) => self.spawn_failed(why, now),
@@ -227,7 +253,7 @@ impl Machine {
             Event::Proven => self.proven(now),
             Event::Unpaired => {
                 if self.state == State::Verifying {
-                    self.state = State::Ready { since: now };
+                    self.serve(now);
                 }
                 vec![]
             }
@@ -254,7 +280,10 @@ impl Machine {
     fn is_warm(&self) -> bool {
         matches!(
             self.state,
-            State::Verifying | State::Ready { .. } | State::Unreachable { .. }
+            State::Verifying
+                | State::Ready { .. }
+                | State::Unreachable { .. }
+                | State::Draining { .. }
         )
     }
 
@@ -274,6 +303,10 @@ impl Machine {
                 let why = self.trouble.take().unwrap_or_else(slow);
                 return self.kill(why, now);
             }
+            State::Draining {
+                until: Until::Idle { by },
+                ..
+            } if now >= by => return self.again(now),
             State::Ending { then, by } if now >= by => return self.escalate(then, now),
             _ => {}
         }

@@ -18,7 +18,7 @@ async fn run(site: &Site, args: &[&str]) -> Output {
 }
 
 /// Standard output of a command that succeeds.
-async fn told(site: &Site, args: &[&str]) -> String {
+pub async fn told(site: &Site, args: &[&str]) -> String {
     let output = run(site, args).await;
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{args:?}: {errors}");
@@ -26,18 +26,18 @@ async fn told(site: &Site, args: &[&str]) -> String {
 }
 
 /// The message of a command that fails with `code`.
-async fn refused(site: &Site, args: &[&str], code: i32) -> String {
+pub async fn refused(site: &Site, args: &[&str], code: i32) -> String {
     let output = run(site, args).await;
     let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(code), "{args:?}: {errors}");
     errors
 }
 
-async fn status(site: &Site) -> Value {
+pub async fn status(site: &Site) -> Value {
     serde_json::from_str(&told(site, &["status", "--json"]).await).unwrap()
 }
 
-fn node<'v>(status: &'v Value, name: &str) -> &'v Value {
+pub fn node<'v>(status: &'v Value, name: &str) -> &'v Value {
     let nodes = status["nodes"].as_array().unwrap();
     nodes.iter().find(|node| node["name"] == name).unwrap()
 }

@@ -19,6 +19,7 @@ mod init;
 mod interrupted;
 mod kills;
 mod leaving;
+mod orders;
 mod service;
 mod serving;
 mod starting;

@@ -37,6 +37,12 @@ impl NodeActor {
             tracing::info!(node = %self.plan.id, phase = next.phase.label(), reason);
         }
         self.published = Some(next.clone());
+        // Before the fleet is told: who has not heard of it yet cannot send anything here either.
+        match next.phase {
+            Phase::Draining => self.shared.traffic.close(&self.plan.id),
+            Phase::Ready => self.shared.traffic.open(&self.plan.id),
+            _ => {}
+        }
         self.shared.fleet.update(&self.plan.id, |node| {
             node.phase = next.phase;
             node.trust = next.trust;

@@ -28,7 +28,9 @@ impl Machine {
 
     pub(super) fn die(&mut self, why: String, now: Instant) {
         let ready = match self.state {
-            State::Ready { since } | State::Unreachable { since } => Some(since),
+            State::Ready { since }
+            | State::Unreachable { since }
+            | State::Draining { since, .. } => Some(since),
             _ => None,
         };
         self.trouble = None;
@@ -54,7 +56,7 @@ impl Machine {
         };
     }
 
-    fn force_to(&mut self, force: Force, now: Instant) -> Vec<Action> {
+    pub(super) fn force_to(&mut self, force: Force, now: Instant) -> Vec<Action> {
         let State::Ending { then, .. } = self.state else {
             return vec![];
         };
@@ -116,6 +118,10 @@ impl Machine {
             Then::Restart { at, delay } => {
                 self.delay = Some(delay);
                 State::Waiting { until: at.max(now) }
+            }
+            Then::Again => {
+                self.delay = None;
+                State::Waiting { until: now }
             }
             Then::End(end) => State::Over(end),
         };

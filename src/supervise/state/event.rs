@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use super::Command;
+
 use super::super::gate::Obstacle;
 use super::super::liveness::{Ask, Canary, Pulse};
 
@@ -33,6 +35,10 @@ pub enum Event {
     Reaped(Option<Obituary>),
     Stop,
     Force,
+    /// Ignored unless `Machine::accepts`.
+    Command(Command),
+    /// The node has no request left, and gets none.
+    Idle,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

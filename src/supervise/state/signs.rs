@@ -60,6 +60,14 @@ impl Machine {
                         return vec![Action::WarmUp];
                     }
                     State::Unreachable { since } => self.state = State::Ready { since },
+                    State::Draining { since, until, .. } => {
+                        let reachable = true;
+                        self.state = State::Draining {
+                            since,
+                            reachable,
+                            until,
+                        };
+                    }
                     _ => {}
                 }
             }
@@ -68,9 +76,18 @@ impl Machine {
             (Probe::EngineDead, _) => {
                 return self.kill("/health says 503: its engine is dead".to_owned(), now);
             }
-            (Probe::Late, State::Ready { .. }) if self.late < LATE_PROBES => {}
+            (Probe::Late, State::Ready { .. } | State::Draining { .. })
+                if self.late < LATE_PROBES => {}
             (Probe::Miss | Probe::Late, State::Ready { since }) => {
                 self.state = State::Unreachable { since };
+            }
+            (Probe::Miss | Probe::Late, State::Draining { since, until, .. }) => {
+                let reachable = false;
+                self.state = State::Draining {
+                    since,
+                    reachable,
+                    until,
+                };
             }
             (Probe::Miss | Probe::Late, _) => {}
         }
@@ -109,10 +126,10 @@ impl Machine {
             Warmth::Warm => {
                 self.trouble = None;
                 self.liveness = Liveness::new(&self.plan, now);
-                self.state = match self.role {
-                    Role::Unified => State::Ready { since: now },
-                    Role::Prefill | Role::Decode => State::Verifying,
-                };
+                match self.role {
+                    Role::Unified => self.serve(now),
+                    Role::Prefill | Role::Decode => self.state = State::Verifying,
+                }
             }
         }
         vec![]
@@ -126,10 +143,12 @@ impl Machine {
         match self.state {
             _ if self.role == Role::Unified => {}
             State::Verifying => {
-                self.state = State::Ready { since: now };
+                self.serve(now);
                 self.trust = KvTrust::Proven;
             }
-            State::Ready { .. } | State::Unreachable { .. } => self.trust = KvTrust::Proven,
+            State::Ready { .. } | State::Unreachable { .. } | State::Draining { .. } => {
+                self.trust = KvTrust::Proven;
+            }
             _ => {}
         }
         vec![]

@@ -7,7 +7,7 @@ use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-fn machine(role: Role) -> (Machine, Instant) {
+pub(super) fn machine(role: Role) -> (Machine, Instant) {
     let now = Instant::now();
     (Machine::new(plan(), role, now), now)
 }
@@ -16,20 +16,20 @@ fn taken() -> Event {
     Event::Gate(Some(Obstacle::Port(1)))
 }
 
-fn start(machine: &mut Machine, now: Instant) {
+pub(super) fn start(machine: &mut Machine, now: Instant) {
     assert_eq!(machine.step(Event::Tick, now), [Action::CheckGate]);
     let actions = machine.step(Event::Gate(None), now);
     assert_eq!(actions, [Action::Spawn]);
 }
 
-fn warm(machine: &mut Machine, now: Instant) {
+pub(super) fn warm(machine: &mut Machine, now: Instant) {
     start(machine, now);
     let actions = machine.step(Event::Probe(Probe::Healthy), now);
     assert_eq!(actions, [Action::WarmUp]);
     machine.step(Event::Warm(Warmth::Warm), now);
 }
 
-fn ready(role: Role) -> (Machine, Instant) {
+pub(super) fn ready(role: Role) -> (Machine, Instant) {
     let (mut machine, now) = machine(role);
     warm(&mut machine, now);
     machine.step(Event::Proven, now);
@@ -316,6 +316,10 @@ fn event() -> impl Strategy<Value = Event> {
         3 => Just(Event::Proven),
         1 => Just(Event::Unpaired),
         1 => Just(Event::Refused("x".into())),
+        1 => Just(Event::Command(Command::Drain)),
+        1 => Just(Event::Command(Command::Undrain)),
+        1 => Just(Event::Command(Command::Restart { limit: SECOND * 60 })),
+        2 => Just(Event::Idle),
         2 => Just(Event::Exited("x".into())),
         4 => Just(Event::Reaped(None)),
         1 => Just(Event::Reaped(Some(Obituary {
@@ -335,6 +339,7 @@ proptest! {
         let (mut node, mut now) = machine(role);
         // A model of the world: is there a tree, has its leader exited, was it ever healthy?
         let (mut tree, mut exited, mut healthy, mut stopped) = (false, false, false, false);
+        let mut held = false;
         for (index, (event, seconds)) in events.into_iter().enumerate() {
             now += Duration::from_secs(seconds);
             let event = if index == stop_at { Event::Stop } else { event };
@@ -350,6 +355,8 @@ proptest! {
             exited |= matches!(event, Event::Exited(_));
             healthy |= event == Event::Probe(Probe::Healthy);
             stopped |= event == Event::Stop;
+            held |= event == Event::Command(Command::Drain);
+            held &= event != Event::Command(Command::Undrain);
             if matches!(event, Event::Reaped(_)) {
                 tree = false;
             }
@@ -370,14 +377,19 @@ proptest! {
             }
             let phase = node.phase();
             if phase == Phase::Ready {
+                prop_assert!(tree && !exited && healthy && !stopped && !held);
+            }
+            if phase == Phase::Draining {
                 prop_assert!(tree && !exited && healthy && !stopped);
             }
+            prop_assert!(!node.awaits_idle() || phase == Phase::Draining);
+            prop_assert!(node.accepts().is_ok() || stopped);
             if let Phase::Backoff { delay } = phase {
                 prop_assert!(delay <= plan().backoff_max);
             }
             prop_assert_eq!(role == Role::Unified, *node.trust() == KvTrust::None);
             if *node.trust() == KvTrust::Proven {
-                prop_assert!(matches!(phase, Phase::Ready | Phase::Unreachable));
+                prop_assert!(matches!(phase, Phase::Ready | Phase::Unreachable | Phase::Draining));
             }
             // The clock always leads somewhere, and never spins.
             match node.deadline() {
