@@ -11,7 +11,7 @@
 //! | `GET /v1/logs`, `GET /v1/logs/NODE` | their last lines; `?lines=100&follow=true` |
 //! | `POST /v1/nodes/TARGET/restart`, `.../drain`, `.../undrain` | a node, or all of a role; `?force=true`, `?limit=30s` |
 //! | `POST /v1/stop` | as Ctrl-C does; with `?force=true` as the second one does |
-//! | `GET /v1/fleet` | the nodes: role, phase, address, pid, why |
+//! | `GET /v1/fleet` | the nodes: role, phase, address, pid, why; the GPUs' figures |
 //! | `GET /v1/kv` | the store's figures |
 //! | `GET /v1/kv/namespaces` | what makes stored bytes interchangeable, and who uses it |
 //! | `GET /v1/kv/inspect` | sessions, oldest leases, open hand-offs |
@@ -37,14 +37,15 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use http::StatusCode;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::engine::Engine;
-use crate::fleet::FleetWatch;
+use crate::fleet::{FleetSnapshot, FleetWatch};
+use crate::host::{GpuFigures, GpuWatch};
 use crate::shutdown::Shutdown;
 use crate::supervise::Orders;
 use crate::traffic::Traffic;
@@ -77,6 +78,7 @@ pub struct ControlDeps {
     pub shutdown: Shutdown,
     /// The first start has been settled.
     pub started: Arc<AtomicBool>,
+    pub gpus: GpuWatch,
     /// `None`: the topology shares no KV.
     pub engine: Option<Arc<Engine>>,
 }
@@ -179,7 +181,9 @@ async fn status(Shared(api): Shared<Api>) -> Response {
     let deps = &api.deps;
     let fleet = deps.fleet.borrow().clone();
     let in_flight = deps.traffic.in_flight();
-    Json(Status::new(&deps.about, deps.state(), &fleet, &in_flight)).into_response()
+    let mut status = Status::new(&deps.about, deps.state(), &fleet, &in_flight);
+    status.gpus = deps.gpus.latest();
+    Json(status).into_response()
 }
 
 #[derive(Debug, Deserialize)]
@@ -260,8 +264,16 @@ async fn stop(Shared(api): Shared<Api>, Query(query): Query<StopQuery>) -> Respo
 }
 
 async fn fleet(Shared(api): Shared<Api>) -> Response {
+    #[derive(Serialize)]
+    struct Answer<'a> {
+        #[serde(flatten)]
+        fleet: &'a FleetSnapshot,
+        gpus: Vec<GpuFigures>,
+    }
     let fleet = api.deps.fleet.borrow().clone();
-    Json(&*fleet).into_response()
+    let gpus = api.deps.gpus.latest();
+    let fleet = &*fleet;
+    Json(Answer { fleet, gpus }).into_response()
 }
 
 async fn kv<T: serde::Serialize>(

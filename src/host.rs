@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 mod cuda;
 mod disk;
+mod gpu_watch;
 mod gpus;
 mod memory;
 mod numa;
@@ -25,6 +26,7 @@ mod testing;
 
 pub use cuda::{GpuProbe, GpuProbeError, probe_gpu};
 pub use disk::{Space, space};
+pub use gpu_watch::{GpuFigures, GpuWatch, GpuWatcher};
 pub use gpus::{DriverVersions, GpuFindings, GpuHolder, GpuPath, Link, take_gpus};
 pub use memory::{
     HUGE_PAGE, HugePages, Memlock, MemoryFacts, ShmemThp, memory_available, raise_memlock,

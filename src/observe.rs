@@ -11,6 +11,7 @@
 //! nobody. A closed stderr loses the text and nothing else.
 
 mod console;
+mod gpus;
 mod sink;
 mod tail;
 
@@ -23,6 +24,7 @@ use tracing_subscriber::fmt::time::FormatTime;
 use tracing_subscriber::util::TryInitError;
 
 pub use console::{Console, ProgressHandle};
+pub use gpus::GpuCollector;
 pub use sink::Style;
 pub use tail::{Tail, logs_in};
 

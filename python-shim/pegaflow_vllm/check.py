@@ -39,7 +39,7 @@ HOOKS = {
     "pegaflow_vllm.manager.Manager": ["lookup", "prepare_load", "complete_load", "prepare_store", "complete_store"],
     "pegaflow_vllm.worker.Worker": ["submit_store", "submit_load", "get_finished", "wait"],
 }
-"""What vLLM must call, or nothing would be saved or loaded. Some vLLM is older, or newer, than others of our methods."""
+"""What vLLM must call, or nothing would be saved or loaded. Our other methods are for newer, or older, vLLM."""
 
 MODULES = [OFFLOADING, f"{CONNECTOR}.offloading.scheduler", f"{CONNECTOR}.offloading.worker"]
 """Where vLLM's side of the connector is; older versions have it all in the first."""

@@ -74,6 +74,7 @@ pub async fn fetch(instance: &Instance) -> Result<Value, Exit> {
         started: rfc3339(info.started),
         uptime_seconds: seconds(info.started, SystemTime::now()),
         nodes: Vec::new(),
+        gpus: Vec::new(),
     };
     serde_json::to_value(status).map_err(|error| Exit::failed("cannot show the status", error))
 }

@@ -28,9 +28,9 @@ use crate::control::{About, Control, ControlDeps, Devices};
 use crate::engine::{Engine, EngineConfig};
 use crate::fleet::{FleetPublisher, FleetWatch, NodeId, NodeView};
 use crate::handoff::HandoffBoard;
-use crate::host;
+use crate::host::{self, GpuWatcher};
 use crate::instance::{Instance, InstanceError, InstanceInfo};
-use crate::observe::Console;
+use crate::observe::{Console, GpuCollector};
 use crate::plan::{Device, Plan};
 use crate::router::{self, RouterDeps, RouterMetrics};
 use crate::shutdown::Shutdown;
@@ -106,6 +106,17 @@ async fn serve(
             NodeView::pending(node.id.clone(), node.role, node.addr).in_pool(&node.pool)
         }));
 
+    let mut gpus: Vec<u32> = plan
+        .nodes
+        .iter()
+        .flat_map(|node| node.gpus.clone())
+        .collect();
+    gpus.sort_unstable();
+    gpus.dedup();
+    let gpus =
+        GpuWatcher::start(gpus).map_err(|error| Exit::failed("cannot watch the GPUs", error))?;
+    registry.register_collector(Box::new(GpuCollector(gpus.watch())));
+
     let traffic = Traffic::default();
     let started = Arc::new(AtomicBool::new(false));
     let (orders, desk) = supervise::orders(plan.nodes.iter().map(|node| &node.id));
@@ -116,6 +127,7 @@ async fn serve(
         orders,
         shutdown: cx.shutdown.clone(),
         started: started.clone(),
+        gpus: gpus.watch(),
         engine: engine.clone(),
     };
     let control = Control::start(&instance.control_socket(), control)

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 
 use crate::fleet::{FleetSnapshot, KvTrust, NodeId, NodeView, Role, Service};
+use crate::host::GpuFigures;
 
 /// What does not change while an instance runs.
 #[derive(Debug, Clone)]
@@ -49,6 +50,9 @@ pub struct Status {
     pub uptime_seconds: u64,
     /// Ordered by name.
     pub nodes: Vec<NodeStatus>,
+    /// Those that nodes run on, by index.
+    #[serde(default)]
+    pub gpus: Vec<GpuFigures>,
 }
 
 /// What an instance amounts to.
@@ -120,6 +124,7 @@ impl Status {
             started: rfc3339(about.started),
             uptime_seconds: seconds(about.started, now),
             nodes: fleet.nodes().map(node).collect(),
+            gpus: Vec::new(),
         }
     }
 }

@@ -104,7 +104,7 @@ fn driver(nvml: &Nvml) -> Option<DriverVersions> {
     })
 }
 
-fn nvml() -> Result<Nvml, NvmlError> {
+pub(super) fn nvml() -> Result<Nvml, NvmlError> {
     match env::var_os(LIBRARY_VARIABLE) {
         Some(path) if !path.is_empty() => Nvml::builder().lib_path(&path).init(),
         _ => Nvml::init(),
@@ -133,6 +133,26 @@ pub fn take_gpus() -> GpuFindings {
 }
 
 fn look(nvml: &Nvml) -> Result<GpuFindings, NvmlError> {
+    let (found, lost) = devices(nvml)?;
+    for (index, error) in &lost {
+        tracing::warn!("GPU {index} does not answer: {error}");
+    }
+    Ok(GpuFindings {
+        paths: paths(nvml, &found),
+        gpus: found.into_iter().map(|(gpu, _)| gpu).collect(),
+        lost: lost.into_iter().map(|(index, _)| index).collect(),
+        nvml: NvmlStatus::Available,
+        driver: driver(nvml),
+    })
+}
+
+/// GPUs by index.
+type Found<D> = Vec<(Gpu, D)>;
+/// NVML's index of a GPU that does not answer.
+type Lost = (u32, NvmlError);
+
+/// All GPUs with their handles, and those that do not answer.
+pub(super) fn devices(nvml: &Nvml) -> Result<(Found<Device<'_>>, Vec<Lost>), NvmlError> {
     let mut found = Vec::new();
     let mut lost = Vec::new();
     for index in 0..nvml.device_count()? {
@@ -142,20 +162,11 @@ fn look(nvml: &Nvml) -> Result<GpuFindings, NvmlError> {
             .and_then(|device| Ok((read(&device)?, device)));
         match seen {
             Ok(seen) => found.push(seen),
-            Err(error) => {
-                tracing::warn!("GPU {index} does not answer: {error}");
-                lost.push(index);
-            }
+            Err(error) => lost.push((index, error)),
         }
     }
-    let found = in_bus_order(found, !lost.is_empty());
-    Ok(GpuFindings {
-        paths: paths(nvml, &found),
-        gpus: found.into_iter().map(|(gpu, _)| gpu).collect(),
-        lost,
-        nvml: NvmlStatus::Available,
-        driver: driver(nvml),
-    })
+    let any_lost = !lost.is_empty();
+    Ok((in_bus_order(found, any_lost), lost))
 }
 
 fn read(device: &Device<'_>) -> Result<Gpu, NvmlError> {
@@ -215,7 +226,7 @@ fn holders(device: &Device<'_>) -> Vec<GpuHolder> {
 
 /// Renumbers in PCI bus order. NVML documents that order for its own indices, so they are kept
 /// where an address is unknown or a GPU is lost.
-fn in_bus_order<D>(mut found: Vec<(Gpu, D)>, lost: bool) -> Vec<(Gpu, D)> {
+fn in_bus_order<D>(mut found: Found<D>, lost: bool) -> Found<D> {
     if !lost && found.iter().all(|(gpu, _)| gpu.pci.is_some()) {
         found.sort_by_key(|(gpu, _)| gpu.pci);
         for (index, (gpu, _)) in (0..).zip(&mut found) {

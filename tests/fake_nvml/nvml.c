@@ -1,7 +1,9 @@
 /* A scripted libnvidia-ml.so.1. The text file that FAKE_NVML_FILE names has these lines, in any order:
  *
  *   INDEX UUID TOTAL_BYTES FREE_BYTES MIG [BUS [PID,PID,...]]     a GPU
- *   is INDEX KEY=VALUE ...                                        more of it: name, numa
+ *   is INDEX KEY=VALUE ...                                        more of it: name, numa, util, temp,
+ *                                                                 ecc; each new xid is an event
+ *   hang                                                          calls about GPUs do not return
  *   link A B nvlink|board|switch|switches|hostbridge|node|system  how close two of them are
  *
  * A free memory of "-" is not told, a UUID of "lost" makes the GPU unreachable; the PIDs hold what is not
@@ -12,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum {
     SUCCESS = 0,
@@ -26,6 +29,7 @@ enum { MAX_GPUS = 16 };
 typedef struct {
     unsigned index, mig, bus;
     int numa;
+    unsigned util, temp, ecc, xid;
     char uuid[80], free[32], pids[128], name[64];
     unsigned long long total;
 } gpu_t;
@@ -48,8 +52,17 @@ static void read_more(char *line, gpu_t *gpus, int count) {
                 continue;
             if (strncmp(word, "name=", 5) == 0)
                 snprintf(gpus[i].name, sizeof gpus[i].name, "%s", value + 1);
+            unsigned number = (unsigned)strtoul(value + 1, NULL, 10);
             if (strncmp(word, "numa=", 5) == 0)
-                gpus[i].numa = atoi(value + 1);
+                gpus[i].numa = (int)number;
+            if (strncmp(word, "util=", 5) == 0)
+                gpus[i].util = number;
+            if (strncmp(word, "temp=", 5) == 0)
+                gpus[i].temp = number;
+            if (strncmp(word, "ecc=", 4) == 0)
+                gpus[i].ecc = number;
+            if (strncmp(word, "xid=", 4) == 0)
+                gpus[i].xid = number;
         }
     }
 }
@@ -66,6 +79,8 @@ static int read_gpus(gpu_t *gpus) {
             fclose(file);
             return -1;
         }
+        if (strncmp(line, "hang", 4) == 0)
+            sleep(1000);
         if (strncmp(line, "is ", 3) == 0)
             read_more(line, gpus, count);
         memset(gpu, 0, sizeof *gpu);
@@ -276,6 +291,70 @@ int nvmlDeviceGetTopologyCommonAncestor(void *one, void *other, unsigned *level)
             return SUCCESS;
         }
     return NOT_SUPPORTED;
+}
+
+int nvmlDeviceGetUtilizationRates(void *device, unsigned rates[2]) {
+    gpu_t gpu;
+    int rc = gpu_of(device, &gpu);
+    if (rc == SUCCESS)
+        rates[0] = rates[1] = gpu.util;
+    return rc;
+}
+
+int nvmlDeviceGetTemperature(void *device, unsigned sensor, unsigned *celsius) {
+    gpu_t gpu;
+    int rc = gpu_of(device, &gpu);
+    (void)sensor;
+    if (rc == SUCCESS)
+        *celsius = gpu.temp;
+    return rc;
+}
+
+int nvmlDeviceGetTotalEccErrors(void *device, unsigned kind, unsigned since, unsigned long long *count) {
+    gpu_t gpu;
+    int rc = gpu_of(device, &gpu);
+    (void)kind, (void)since;
+    if (rc == SUCCESS)
+        *count = gpu.ecc;
+    return rc;
+}
+
+typedef struct {
+    void *device;
+    unsigned last;
+} events_t;
+
+int nvmlEventSetCreate(events_t **set) {
+    *set = calloc(1, sizeof **set);
+    return SUCCESS;
+}
+
+int nvmlEventSetFree(events_t *set) {
+    free(set);
+    return SUCCESS;
+}
+
+int nvmlDeviceRegisterEvents(void *device, unsigned long long types, events_t *set) {
+    (void)types;
+    set->device = device;
+    return SUCCESS;
+}
+
+typedef struct {
+    void *device;
+    unsigned long long type, data;
+    unsigned gpu_instance, compute_instance;
+} event_t;
+
+int nvmlEventSetWait_v2(events_t *set, event_t *event, unsigned timeout) {
+    enum { XID = 8, TIMEOUT = 10 };
+    gpu_t gpu;
+    (void)timeout;
+    if (gpu_of(set->device, &gpu) != SUCCESS || gpu.xid == set->last)
+        return TIMEOUT;
+    set->last = gpu.xid;
+    *event = (event_t){.device = set->device, .type = XID, .data = gpu.xid};
+    return SUCCESS;
 }
 
 #endif

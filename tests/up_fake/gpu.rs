@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::fake_nvml;
 use crate::support::client::{self, Ending, completion, is_proven};
@@ -37,7 +37,7 @@ enum Library<'s> {
     Scripted(&'s str),
 }
 
-/// The shipped config, but for the port.
+/// The shipped config, but for the port and the store's size: other work may need the memory.
 fn gpu_site(library: Library<'_>) -> Site {
     let mut site = Site::new();
     let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
@@ -48,7 +48,8 @@ fn gpu_site(library: Library<'_>) -> Site {
         let text = fs::read_to_string(shipped.join(name)).unwrap();
         let (old, new) = ("127.0.0.1:8000", format!("127.0.0.1:{}", site.port));
         assert!(text.contains(old), "{name}");
-        fs::write(site.path(ours), text.replace(old, &new)).unwrap();
+        let text = text.replace(old, &new).replace("\"16GiB\"", "\"64MiB\"");
+        fs::write(site.path(ours), text).unwrap();
     }
     site.env("HF_HUB_OFFLINE", "1");
     let dir = site.path("nvml");
@@ -323,4 +324,65 @@ async fn a_busy_gpu_is_refused_with_the_name_of_who_holds_it() {
         "{output}"
     );
     site.assert_nothing_left(GONE_LIMIT).await;
+}
+
+/// The figures of one GPU, as `/v1/status` and `pegaflow status --json` tell them.
+fn figures(site: &Site, index: usize) -> Value {
+    let output = site.command(&["status", "--json"]).output().unwrap();
+    let status: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    status["gpus"][index].clone()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_gpus_are_watched_while_the_nodes_run() {
+    let more = "is 0 util=37 temp=61 ecc=0\nis 1 util=5 temp=40\n";
+    let site = gpu_site(Library::Scripted(&(free_gpus() + more)));
+    let up = site.up_ready().await;
+    let is = async |wanted: Value| {
+        crate::wait_until(
+            async || {
+                let seen = figures(&site, 0);
+                let wanted = wanted.as_object().unwrap().iter();
+                wanted.clone().all(|(key, value)| seen[key] == *value)
+            },
+            &wanted.to_string(),
+        )
+        .await;
+    };
+    is(json!({"index": 0, "uuid": "GPU-aaaa", "answers": true, "memory_used": 1 << 30, "memory_total": TOTAL,
+        "utilization_percent": 37, "temperature_celsius": 61, "ecc_uncorrected": 0, "xids": 0, "last_xid": null}))
+    .await;
+    let metrics = up.get("/metrics").await;
+    for line in [
+        "pegaflow_gpu_up{gpu=\"0\",uuid=\"GPU-aaaa\"} 1",
+        "pegaflow_gpu_memory_used_bytes{gpu=\"1\",uuid=\"GPU-bbbb\"} 1073741824",
+        "pegaflow_gpu_utilization_percent{gpu=\"0\",uuid=\"GPU-aaaa\"} 37",
+        "pegaflow_gpu_xid_errors_total{gpu=\"0\",uuid=\"GPU-aaaa\"} 0",
+    ] {
+        assert!(metrics.contains(line), "{line} is not in\n{metrics}");
+    }
+
+    set_gpus(
+        &site,
+        &(free_gpus() + "is 0 util=99 temp=90 ecc=2 xid=48\n"),
+    );
+    is(json!({"utilization_percent": 99, "ecc_uncorrected": 2, "xids": 1, "last_xid": 48})).await;
+    assert!(up.output().contains("Xid 48"), "{}", up.output());
+    let table = site.command(&["status"]).output().unwrap();
+    let table = String::from_utf8(table.stdout).unwrap();
+    assert!(
+        table.contains("99% busy") && table.contains("last Xid 48"),
+        "{table}"
+    );
+
+    // One is lost, then the driver hangs: nothing waits for it.
+    set_gpus(&site, &free_gpus().replace("GPU-aaaa", "lost"));
+    is(json!({"uuid": "GPU-aaaa", "answers": false, "memory_used": null, "xids": 1})).await;
+    set_gpus(&site, &("hang\n".to_owned() + &free_gpus()));
+    crate::wait_until(
+        async || figures(&site, 1)["answers"] == false,
+        "a hanging driver is seen",
+    )
+    .await;
+    up.stop().await;
 }

@@ -2,9 +2,11 @@
 
 use std::fmt::Write as _;
 
+use bytesize::ByteSize;
 use console::Style;
 
 use crate::control::{NodeStatus, State, Status};
+use crate::host::GpuFigures;
 
 /// Where the table goes.
 #[derive(Debug, Clone, Copy)]
@@ -60,7 +62,38 @@ pub fn render(status: &Status, layout: Layout) -> String {
             }
         }
     }
+    if !status.gpus.is_empty() {
+        text.push('\n');
+    }
+    for gpu in &status.gpus {
+        let _ = writeln!(text, "{}", self::gpu(gpu));
+    }
     text
+}
+
+/// What the driver does not tell is left out.
+fn gpu(gpu: &GpuFigures) -> String {
+    let mut parts = vec![format!("GPU {}", gpu.index)];
+    match (gpu.memory_used, gpu.memory_total) {
+        _ if !gpu.answers => parts.push("does not answer".to_owned()),
+        (Some(used), Some(total)) => {
+            parts.push(format!("{} of {}", ByteSize(used), ByteSize(total)));
+        }
+        _ => {}
+    }
+    parts.extend(
+        gpu.utilization_percent
+            .map(|percent| format!("{percent}% busy")),
+    );
+    parts.extend(
+        gpu.temperature_celsius
+            .map(|celsius| format!("{celsius} C")),
+    );
+    let faults = gpu.ecc_uncorrected.filter(|count| *count > 0);
+    parts.extend(faults.map(|count| format!("{count} uncorrected memory errors")));
+    parts.extend(gpu.last_xid.map(|xid| format!("last Xid {xid}")));
+    parts.push(gpu.name.clone());
+    parts.join("  ")
 }
 
 fn head(status: &Status, layout: Layout) -> String {
@@ -259,6 +292,7 @@ mod tests {
             started: "2026-01-01T00:00:00Z".into(),
             uptime_seconds: 90,
             nodes,
+            gpus: Vec::new(),
         }
     }
 
@@ -334,5 +368,24 @@ a-decode-node…";
     fn durations_have_two_units_at_most() {
         let texts = [0, 59, 61, 3600, 86399, 90000].map(duration);
         assert_eq!(texts, ["0s", "59s", "1m 01s", "1h 00m", "23h 59m", "1d 1h"]);
+    }
+
+    #[test]
+    fn gpus_are_listed_with_what_is_known_of_them() {
+        let mut figures = GpuFigures {
+            index: 3,
+            name: "H100".to_owned(),
+            answers: true,
+            memory_used: Some(40 << 30),
+            memory_total: Some(80 << 30),
+            utilization_percent: Some(9),
+            ..GpuFigures::default()
+        };
+        assert_eq!(gpu(&figures), "GPU 3  40.0 GiB of 80.0 GiB  9% busy  H100");
+        figures.ecc_uncorrected = Some(2);
+        figures.last_xid = Some(48);
+        assert!(gpu(&figures).contains("2 uncorrected memory errors  last Xid 48"));
+        figures.answers = false;
+        assert!(gpu(&figures).starts_with("GPU 3  does not answer"));
     }
 }
