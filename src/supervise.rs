@@ -13,7 +13,7 @@
 //! - `liveness.rs`: whether a node still works, out of its figures and one token now and then.
 //! - `gate.rs`: what must be free again before the next incarnation is spawned.
 //! - `guard.rs`: the process that promises that nothing of a node is left, whoever dies.
-//! - `sweep.rs`: does the same if the guard itself was killed.
+//! - `sweep.rs`: does the same if the guard itself was killed; and reaps, as a container's first process.
 //! - `canary.rs`: before a node that shares KV is ready, and after each of its restarts, a prompt
 //!   goes P -> store -> D and is compared with what D computes alone.
 //!
@@ -37,6 +37,7 @@ mod gate;
 mod guard;
 mod liveness;
 mod logs;
+mod metrics;
 mod node;
 mod obituary;
 mod oom;
@@ -54,6 +55,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::prctl;
+use nix::unistd::{Pid, getpid};
 use tokio::sync::mpsc;
 use tokio::task::{self, JoinSet};
 
@@ -68,6 +70,7 @@ use crate::traffic::Traffic;
 pub use gate::StoreSessions;
 pub use guard::{GuardArgs, guard_main};
 pub use logs::LogSink;
+pub use metrics::SupervisorMetrics;
 pub use orders::{OrderDesk, Orders, orders};
 pub use state::{Command, Refusal};
 
@@ -113,6 +116,7 @@ pub struct SupervisorDeps {
     pub vitals: Vitals,
     /// What the nodes' logs must not show.
     pub secrets: Secrets,
+    pub metrics: SupervisorMetrics,
     /// `None`: there is no store.
     pub store: Option<Arc<dyn StoreSessions>>,
 }
@@ -156,6 +160,7 @@ pub async fn run(deps: SupervisorDeps, shutdown: Shutdown) -> Result<(), Supervi
         console: deps.console,
         secrets: deps.secrets,
         store: deps.store,
+        metrics: deps.metrics,
     });
     let mut actors = Actors::new(deps.fleet.clone());
     let mut verdicts = BTreeMap::new();
@@ -182,11 +187,17 @@ pub async fn run(deps: SupervisorDeps, shutdown: Shutdown) -> Result<(), Supervi
         passed: BTreeSet::new(),
         store_off: false,
     };
-    let mut examiner = JoinSet::new();
+    let mut helpers = JoinSet::new();
     let until = shutdown.graceful().clone();
-    examiner.spawn(async move { until.run_until_cancelled(canary.run()).await });
+    helpers.spawn(async move { until.run_until_cancelled(canary.run()).await });
+    if getpid() == Pid::from_raw(1) {
+        helpers.spawn(async {
+            sweep::reap_adopted().await;
+            None
+        });
+    }
     let result = actors.join().await;
-    examiner.shutdown().await;
+    helpers.shutdown().await;
     result
 }
 

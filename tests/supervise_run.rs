@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use prometheus_client::registry::Registry;
 use tokio::task::JoinHandle;
 
 use pegaflow::fleet::{FleetPublisher, NodeId, NodeView, Phase, Role};
@@ -23,7 +24,9 @@ use pegaflow::handoff::HandoffBoard;
 use pegaflow::notify::Vitals;
 use pegaflow::plan::{NodePlan, SupervisorPlan};
 use pegaflow::shutdown::Shutdown;
-use pegaflow::supervise::{self, CanaryPlan, LogSink, OrderDesk, SupervisorDeps, SupervisorError};
+use pegaflow::supervise::{
+    self, CanaryPlan, LogSink, OrderDesk, SupervisorDeps, SupervisorError, SupervisorMetrics,
+};
 use pegaflow::topology::Secrets;
 use pegaflow::traffic::Traffic;
 
@@ -119,6 +122,7 @@ impl Supervised {
             guard_program: guard.to_owned(),
             console: Arc::new(Quiet),
             secrets: Secrets::default(),
+            metrics: SupervisorMetrics::register(&mut Registry::default()),
             store: None,
             vitals: Vitals::default(),
         };

@@ -34,7 +34,9 @@ use crate::observe::{Console, GpuCollector};
 use crate::plan::{Device, Plan};
 use crate::router::{self, RouterDeps, RouterMetrics};
 use crate::shutdown::Shutdown;
-use crate::supervise::{self, CanaryPlan, LogSink, StoreSessions, SupervisorDeps};
+use crate::supervise::{
+    self, CanaryPlan, LogSink, StoreSessions, SupervisorDeps, SupervisorMetrics,
+};
 use crate::traffic::Traffic;
 
 /// How long the engine's thread may take to end once its sessions are gone.
@@ -100,6 +102,7 @@ async fn serve(
     let board = HandoffBoard::default();
     let mut registry = Registry::default();
     let metrics = RouterMetrics::register(&mut registry);
+    let restarts = SupervisorMetrics::register(&mut registry);
     let engine = start_engine(plan, instance, token, &board, &mut registry)?;
     let fleet =
         FleetPublisher::new(plan.nodes.iter().map(|node| {
@@ -149,6 +152,7 @@ async fn serve(
         console: Arc::new(NodeLines(cx.console.clone())),
         vitals: cx.service.vitals.clone(),
         secrets: plan.secrets.clone(),
+        metrics: restarts,
         store: engine.clone().map(|engine| Arc::new(Sessions(engine)) as _),
     };
     let router = RouterDeps {

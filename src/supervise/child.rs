@@ -11,6 +11,7 @@ use nix::unistd::Pid;
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 
+use super::guard::clock;
 use super::logs::{LogPump, LogTarget};
 use super::obituary::Exit;
 use super::sweep::{self, KnownGuard};
@@ -41,7 +42,11 @@ pub struct SpawnSpec<'a> {
 pub enum Status {
     Spawned(u32),
     SpawnFailed(String),
-    Exited(Exit),
+    /// The leader, that long ago.
+    Exited {
+        exit: Exit,
+        ago: Duration,
+    },
     /// A file in /dev/shm that the tree has made, and its inode.
     Shm(PathBuf, u64),
     /// Every process of the tree is reaped.
@@ -202,11 +207,14 @@ fn parse(line: &str) -> Option<Status> {
         "exited" => {
             let mut words = rest.split(' ').skip(1);
             let (kind, number) = (words.next()?, words.next()?.parse().ok()?);
-            match kind {
-                "code" => Some(Status::Exited(Exit::Code(number))),
-                "signal" => Some(Status::Exited(Exit::Signal(number))),
-                _ => None,
-            }
+            let at = Duration::from_nanos(words.next()?.parse().ok()?);
+            let exit = match kind {
+                "code" => Exit::Code(number),
+                "signal" => Exit::Signal(number),
+                _ => return None,
+            };
+            let ago = clock().saturating_sub(at);
+            Some(Status::Exited { exit, ago })
         }
         _ => None,
     }
@@ -224,14 +232,12 @@ mod tests {
     #[test]
     fn reports_are_parsed_and_nonsense_is_not() {
         assert_eq!(parse("spawned 12"), Some(Status::Spawned(12)));
-        assert_eq!(
-            parse("exited 12 code 3"),
-            Some(Status::Exited(Exit::Code(3)))
-        );
-        assert_eq!(
-            parse("exited 12 signal 9"),
-            Some(Status::Exited(Exit::Signal(9)))
-        );
+        let exited = |line| match parse(line) {
+            Some(Status::Exited { exit, ago }) => (exit, ago > Duration::ZERO),
+            other => panic!("{line}: {other:?}"),
+        };
+        assert_eq!(exited("exited 12 code 3 5"), (Exit::Code(3), true));
+        assert_eq!(exited("exited 12 signal 9 5"), (Exit::Signal(9), true));
         assert_eq!(parse("empty"), Some(Status::Empty));
         assert_eq!(
             parse("shm 7 /dev/shm/a b"),
@@ -245,7 +251,8 @@ mod tests {
             "",
             "exited",
             "exited 1 code",
-            "exited 1 shot 2",
+            "exited 1 code 3",
+            "exited 1 shot 2 3",
             "spawned x",
             "shm x /dev/shm/a",
         ] {

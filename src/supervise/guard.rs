@@ -14,7 +14,7 @@
 //!
 //! Standard input is one end of a socket pair. Lines in: `stop <grace ms>`, `kill`; end of file
 //! means that pegaflow is dead, which stops the node and removes the run directory.
-//! Lines out: `spawned <pid>`, `failed <why>`, `exited <pid> code|signal <n>`, `shm <inode> <path>` (a file of
+//! Lines out: `spawned <pid>`, `failed <why>`, `exited <pid> code|signal <n> <clock>`, `shm <inode> <path>` (a file of
 //! the tree's in /dev/shm, for whoever outlives the guard), `empty`. Standard output and error are the
 //! node's log.
 
@@ -38,6 +38,7 @@ use nix::sys::prctl;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::time::{ClockId, clock_gettime};
 use nix::unistd::{Pid, getpid, getppid, setsid};
 
 use shm::Shm;
@@ -343,10 +344,16 @@ impl Guard {
             WaitStatus::Signaled(_, signal, _) => format!("signal {}", signal as i32),
             _ => return,
         };
-        report(&self.control, &format!("exited {} {how}", self.leader));
+        let at = clock().as_nanos();
+        report(&self.control, &format!("exited {} {how} {at}", self.leader));
         self.leader_alive = false;
         self.mode = Mode::Killing;
     }
+}
+
+/// A clock that all processes of the machine share; zero where there is none.
+pub(super) fn clock() -> Duration {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from)
 }
 
 fn readable(fd: BorrowedFd<'_>) -> PollFd<'_> {

@@ -22,6 +22,7 @@ use crate::traffic::Traffic;
 use super::child::{Incarnation, SpawnSpec, Status, log_path};
 use super::gate::{Baseline, Gate, Look, StoreSessions};
 use super::logs::{LogSink, LogTarget};
+use super::metrics::{SupervisorMetrics, Timing};
 use super::obituary::End;
 use super::oom::OomWatch;
 use super::orders::Order;
@@ -51,6 +52,7 @@ pub struct Shared {
     pub console: Arc<dyn LogSink>,
     pub secrets: Secrets,
     pub store: Option<Arc<dyn StoreSessions>>,
+    pub metrics: SupervisorMetrics,
 }
 
 /// Where others speak to an actor.
@@ -107,11 +109,13 @@ pub struct NodeActor {
     burial: JoinSet<Vec<String>>,
     queue: VecDeque<Event>,
     published: Option<Published>,
+    timing: Timing,
 }
 
 impl NodeActor {
     pub fn new(shared: Arc<Shared>, plan: NodePlan, inbox: Inbox, beat: Beat) -> Self {
         let machine = Machine::new(shared.plan.clone(), plan.role, Instant::now());
+        let timing = Timing::new(shared.metrics.clone());
         Self {
             shared,
             plan,
@@ -134,6 +138,7 @@ impl NodeActor {
             burial: JoinSet::new(),
             queue: VecDeque::new(),
             published: None,
+            timing,
         }
     }
 
@@ -281,6 +286,7 @@ impl NodeActor {
     }
 
     fn spawn(&mut self) {
+        self.timing.spawning(Instant::now());
         let look = self.looked.take();
         if let Some(what) = look.as_ref().and_then(|look| look.obstacle.as_ref()) {
             tracing::warn!(node = %self.plan.id, "is started although {what}");

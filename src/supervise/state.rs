@@ -34,6 +34,8 @@ use command::Until;
 pub use command::{Command, Refusal};
 pub use event::{Action, Event, Mendable, Obituary, Probe, Warmth};
 
+/// How often a starting node is asked whether it is healthy, if `health_interval` is longer.
+const START_PROBE: Duration = Duration::from_millis(100);
 const GATE_RETRY: Duration = Duration::from_millis(200);
 /// A look that is not answered by then is lost.
 const GATE_LOOK: Duration = Duration::from_secs(20);

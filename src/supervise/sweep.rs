@@ -15,10 +15,12 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::{Pid, getpid, getsid};
 use tokio::process::{Child, Command};
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::guard::processes;
 
 const ROUND: Duration = Duration::from_millis(20);
+const UNCLAIMED: Duration = Duration::from_secs(1);
 
 /// The guards of this process. One table per process, as there is one list of children.
 static GUARDS: Mutex<BTreeSet<Pid>> = Mutex::new(BTreeSet::new());
@@ -55,6 +57,39 @@ pub async fn sweep(limit: Duration) -> bool {
         }
     };
     tokio::time::timeout(limit, rounds).await.is_ok()
+}
+
+/// Reaps what pegaflow inherits as the first process of a container: orphans of `docker exec`, and
+/// whatever else loses its parent there. Does not end by itself.
+///
+/// A child of pegaflow's own is waited for at once by whoever started it, so a zombie that is still
+/// there after [`UNCLAIMED`] is nobody's.
+pub async fn reap_adopted() {
+    let Ok(mut ended) = signal(SignalKind::child()) else {
+        tracing::warn!("cannot listen for SIGCHLD; zombies of others will stay");
+        return;
+    };
+    loop {
+        let seen = zombies();
+        if !seen.is_empty() {
+            tokio::time::sleep(UNCLAIMED).await;
+            for pid in zombies().intersection(&seen) {
+                let _ = waitpid(*pid, Some(WaitPidFlag::WNOHANG));
+            }
+        }
+        ended.recv().await;
+    }
+}
+
+/// Dead children that are no guards.
+fn zombies() -> BTreeSet<Pid> {
+    let guards = guards();
+    processes::all()
+        .iter()
+        .filter(|process| process.parent == getpid() && process.zombie)
+        .map(|process| process.pid)
+        .filter(|pid| !guards.contains(pid))
+        .collect()
 }
 
 /// True if there was a stray.

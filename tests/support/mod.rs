@@ -114,6 +114,28 @@ impl Site {
 
     /// Starts `pegaflow up topology.toml`; does not wait.
     pub fn up(&self) -> Pegaflow<'_> {
+        self.start(self.command(&["up", "topology.toml"]))
+    }
+
+    /// Starts `WRAPPER pegaflow up topology.toml`; does not wait.
+    pub fn up_under(&self, wrapper: &[&str]) -> Pegaflow<'_> {
+        let inner = self.command(&["up", "topology.toml"]);
+        let mut command = Command::new(wrapper[0]);
+        command
+            .args(&wrapper[1..])
+            .arg(inner.get_program())
+            .args(inner.get_args())
+            .current_dir(self.dir.path())
+            .envs(
+                inner
+                    .get_envs()
+                    .filter_map(|(name, value)| Some((name, value?))),
+            )
+            .stdin(Stdio::null());
+        self.start(command)
+    }
+
+    fn start(&self, mut command: Command) -> Pegaflow<'_> {
         let run = {
             let mut runs = self.runs.borrow_mut();
             *runs += 1;
@@ -121,8 +143,7 @@ impl Site {
         };
         let log = self.path(&format!("pegaflow-{run}.log"));
         let file = File::create(&log).unwrap();
-        let child = self
-            .command(&["up", "topology.toml"])
+        let child = command
             .stdout(file.try_clone().unwrap())
             .stderr(file)
             .spawn()

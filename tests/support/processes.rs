@@ -34,6 +34,13 @@ pub fn children(pid: u32) -> Vec<u32> {
         .collect()
 }
 
+/// Dead children that nobody has waited for.
+pub fn zombies(pid: u32) -> Vec<u32> {
+    all()
+        .filter(|child| parent(*child) == Some(pid) && !is_alive(*child))
+        .collect()
+}
+
 /// The process and everything below it.
 pub fn tree(pid: u32) -> BTreeSet<u32> {
     let mut found = BTreeSet::from([pid]);

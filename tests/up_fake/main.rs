@@ -20,6 +20,8 @@ mod interrupted;
 mod kills;
 mod leaving;
 mod orders;
+mod pid_one;
+mod restarts;
 mod service;
 mod serving;
 mod starting;

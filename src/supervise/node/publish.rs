@@ -1,5 +1,7 @@
 //! What the fleet is told about a node.
 
+use std::time::Instant;
+
 use crate::fleet::{KvTrust, Phase};
 
 use super::NodeActor;
@@ -34,6 +36,7 @@ impl NodeActor {
         let before = self.published.as_ref().map(|it| it.phase.label());
         if before != Some(next.phase.label()) {
             let reason = next.reason.as_deref().unwrap_or("");
+            self.timing.entered(&next.phase, Instant::now());
             tracing::info!(node = %self.plan.id, phase = next.phase.label(), reason);
         }
         self.published = Some(next.clone());

@@ -20,13 +20,17 @@ impl NodeActor {
         match status {
             Status::Spawned(pid) => {
                 self.pid = Some(pid);
+                self.timing.spawned(Instant::now());
                 None
             }
             Status::SpawnFailed(why) => {
                 let program = self.plan.argv.first().map_or("", String::as_str);
                 Some(Event::SpawnFailed(format!("cannot run {program}: {why}")))
             }
-            Status::Exited(exit) => Some(self.exited(exit)),
+            Status::Exited { exit, ago } => {
+                self.timing.seen(ago);
+                Some(self.exited(exit))
+            }
             // `next` keeps them.
             Status::Shm(..) => None,
             Status::Empty => {

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::super::gate::Obstacle;
-use super::{Action, Force, GATE_LOOK, GATE_RETRY, Machine, Next, State, fresh_trust};
+use super::{Action, Force, GATE_LOOK, GATE_RETRY, Machine, Next, START_PROBE, State, fresh_trust};
 
 impl Machine {
     pub(super) fn look(&mut self, since: Instant, now: Instant) -> Vec<Action> {
@@ -43,7 +43,7 @@ impl Machine {
         self.trust = fresh_trust(self.role);
         self.force = Force::None;
         self.memory = 0;
-        self.probe = Next::At(now + self.plan.health_interval);
+        self.probe = Next::At(now + START_PROBE.min(self.plan.health_interval));
         self.state = State::Starting {
             since: now,
             by: now + self.plan.start_timeout,

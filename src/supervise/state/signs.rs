@@ -6,8 +6,8 @@ use crate::fleet::{KvTrust, Role};
 
 use super::super::liveness::{Canary, Cause, Liveness, Pulse};
 use super::{
-    Action, End, LATE_PROBES, MEMORY_STEP, Machine, Next, Probe, START_EXTENSIONS, State, Then,
-    WARM_UP_LIMIT, WARM_UP_RETRY, Warmth,
+    Action, End, LATE_PROBES, MEMORY_STEP, Machine, Next, Probe, START_EXTENSIONS, START_PROBE,
+    State, Then, WARM_UP_LIMIT, WARM_UP_RETRY, Warmth,
 };
 
 impl Machine {
@@ -43,7 +43,11 @@ impl Machine {
         if !self.is_alive() {
             return vec![];
         }
-        self.probe = Next::At(now + self.plan.health_interval);
+        let interval = match self.state {
+            State::Starting { .. } => START_PROBE.min(self.plan.health_interval),
+            _ => self.plan.health_interval,
+        };
+        self.probe = Next::At(now + interval);
         self.late = match probe {
             Probe::Late => self.late.saturating_add(1),
             _ => 0,
