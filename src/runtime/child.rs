@@ -104,15 +104,15 @@ impl Drop for Tether {
     }
 }
 
-/// A line of the guard, if it says how the program ended.
+/// A line of the guard, if it says how the program ended; the clock at its end is the supervisor's.
 fn parse(line: &str) -> Option<Result<ExitStatus, ChildError>> {
     let words: Vec<&str> = line.split(' ').collect();
     match words.as_slice() {
-        ["exited", _, "code", code] => {
+        ["exited", _, "code", code, ..] => {
             let code: i32 = code.parse().ok()?;
             Some(Ok(ExitStatus::from_raw(code << 8)))
         }
-        ["exited", _, "signal", signal] => Some(Ok(ExitStatus::from_raw(signal.parse().ok()?))),
+        ["exited", _, "signal", signal, ..] => Some(Ok(ExitStatus::from_raw(signal.parse().ok()?))),
         ["failed", why @ ..] => Some(Err(ChildError::Spawn(io::Error::other(why.join(" "))))),
         _ => None,
     }
