@@ -75,6 +75,8 @@ impl Service {
                     }
                     stuck_before = !stuck.is_empty();
                 }
+                // It stops, and nobody wants to hear that it lives.
+                else => return,
             }
         }
     }
