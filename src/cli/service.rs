@@ -140,6 +140,28 @@ mod tests {
         );
     }
 
+    /// Most runs have no service manager, or one without a watchdog: at the stop nothing is left to tell.
+    #[tokio::test]
+    async fn without_a_watchdog_telling_ends_with_the_stop() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify");
+        let manager = tokio::net::UnixDatagram::bind(&path).unwrap();
+        let heard = Notifier::to(&path, None).unwrap();
+        for notifier in [Notifier::default(), heard] {
+            let (service, fleet) = (Service::new(notifier), fleet(1, 0));
+            let end = CancellationToken::new();
+            end.cancel();
+            let watched = service.watch(fleet.watch(), end);
+            tokio::time::timeout(Duration::from_secs(60), watched)
+                .await
+                .unwrap();
+        }
+        let mut buffer = [0; 256];
+        let received = tokio::time::timeout(Duration::from_secs(60), manager.recv(&mut buffer));
+        let length = received.await.unwrap().unwrap();
+        assert!(buffer[..length].starts_with(b"STOPPING=1"));
+    }
+
     /// As long as every part beats the watchdog is fed; one that hangs ends that, one that ended does not.
     #[tokio::test]
     async fn the_watchdog_is_fed_only_while_every_part_makes_progress() {
