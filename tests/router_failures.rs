@@ -203,6 +203,8 @@ async fn decode_failing_before_its_first_byte_is_tried_elsewhere() {
         Answer::BreakAfter(0),
         Answer::StallAfter(0),
         Answer::ErrorEvent(500),
+        Answer::BreakAfterRole,
+        Answer::ErrorAfterRole(500),
     ] {
         let board = HandoffBoard::default();
         let p = Fake::always(&board, Kv::Settle(READY), Answer::Tokens).await;

@@ -5,8 +5,11 @@
 //!              (a partial one waits)             ends, breaks or falls silent before: error event
 //! ```
 //!
-//! Nothing is read ahead: the next chunk is asked for when the client took the last one. Because
+//! What says nothing yet (the role of a chat) waits for the first piece of the answer: until then the
+//! request can still go to another node. After that nothing is read ahead: the next chunk is asked for when the client took the last one. Because
 //! only whole events go out, an error event never lands inside another event.
+
+mod opening;
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -48,14 +51,32 @@ impl EventStream {
         }
     }
 
-    /// Waits for the first events. A stream that ends before them is truncated.
+    /// Waits for the first events that say something, and returns them with what came before. A
+    /// stream that ends before them is truncated.
     pub(super) async fn first(&mut self) -> Result<FirstEvents, LegError> {
-        let events = std::future::poll_fn(|cx| self.poll_events(cx)).await;
-        let events = events.unwrap_or(Err(LegError::Truncated))?;
-        Ok(match error_code(&events) {
-            Some(code) => FirstEvents::Error { code, text: events },
-            None => FirstEvents::Content(events),
-        })
+        let mut waiting = BytesMut::new();
+        loop {
+            let events = std::future::poll_fn(|cx| self.poll_events(cx)).await;
+            let events = events.unwrap_or(Err(LegError::Truncated))?;
+            let code = error_code(&events);
+            if code.is_none()
+                && waiting.len() + events.len() <= opening::MOST
+                && opening::says_nothing(&events)
+            {
+                waiting.extend_from_slice(&events);
+                continue;
+            }
+            let text = if waiting.is_empty() {
+                events
+            } else {
+                waiting.extend_from_slice(&events);
+                waiting.freeze()
+            };
+            return Ok(match code {
+                Some(code) => FirstEvents::Error { code, text },
+                None => FirstEvents::Content(text),
+            });
+        }
     }
 
     /// `None`: the stream ended as it should.

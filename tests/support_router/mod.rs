@@ -53,6 +53,10 @@ pub enum Answer {
     Reset,
     /// This many events, then the connection breaks.
     BreakAfter(usize),
+    /// The role of a chat, which says nothing yet, then the connection breaks.
+    BreakAfterRole,
+    /// The role of a chat and an error.
+    ErrorAfterRole(u16),
     /// This many events, then a clean end without `[DONE]`.
     EndAfter(usize),
     /// This many events, then silence.
@@ -213,6 +217,11 @@ async fn reply(answer: Answer, seen: &Seen, active: Active) -> Response {
             std::panic::resume_unwind(Box::new("reset"));
         }
         Answer::BreakAfter(count) => events(tag, count, End::Break, active),
+        Answer::BreakAfterRole => stream_of(vec![ROLE.to_owned()], End::Break, active),
+        Answer::ErrorAfterRole(code) => {
+            let error = format!("data: {{\"error\": {{\"code\": {code}}}}}\n\n");
+            stream_of(vec![ROLE.to_owned(), error], End::Done, active)
+        }
         Answer::EndAfter(count) => events(tag, count, End::Clean, active),
         Answer::StallAfter(count) => events(tag, count, End::Stall, active),
         Answer::Flood => flood(active),
@@ -223,6 +232,9 @@ async fn reply(answer: Answer, seen: &Seen, active: Active) -> Response {
         }
     }
 }
+
+/// How vLLM begins a chat.
+pub const ROLE: &str = "data: {\"choices\":[{\"index\":0,\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null,\"finish_reason\":null}]}\n\n";
 
 /// How much a flood would produce, if somebody took it all.
 pub const FLOOD: usize = 512 << 20;
@@ -253,10 +265,15 @@ enum End {
 }
 
 fn events(tag: String, count: usize, end: End, active: Active) -> Response {
-    let tokens = (0..count).map(move |index| {
-        let text = format!("data: {{\"token\":{index},\"tag\":{tag}}}\n\n");
-        Ok::<_, std::io::Error>(Bytes::from(text))
-    });
+    let token = |index| format!("data: {{\"token\":{index},\"tag\":{tag}}}\n\n");
+    stream_of((0..count).map(token).collect(), end, active)
+}
+
+/// Each event by itself, as from a node that computes.
+fn stream_of(events: Vec<String>, end: End, active: Active) -> Response {
+    let events = events
+        .into_iter()
+        .map(|event| Ok::<_, std::io::Error>(Bytes::from(event)));
     let last = stream::once(async move {
         let _active = active;
         // What was said before is flushed first.
@@ -268,12 +285,11 @@ fn events(tag: String, count: usize, end: End, active: Active) -> Response {
             End::Stall => std::future::pending().await,
         }
     });
-    // Each event leaves by itself, as from a node that computes.
-    let tokens = stream::iter(tokens).then(|token| async {
+    let events = stream::iter(events).then(|event| async {
         tokio::task::yield_now().await;
-        token
+        event
     });
-    let body = Body::from_stream(tokens.chain(last.filter_map(std::future::ready)));
+    let body = Body::from_stream(events.chain(last.filter_map(std::future::ready)));
     ([("content-type", "text/event-stream; charset=utf-8")], body).into_response()
 }
 

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::reply::Reply;
 use super::{Kind, engine_dead};
-use crate::generation::Generation;
+use crate::generation::{Generation, Piece};
 
 /// The response head goes out at once, as vLLM's does.
 pub fn respond(reply: Reply, generation: Generation) -> Response {
@@ -16,6 +16,7 @@ pub fn respond(reply: Reply, generation: Generation) -> Response {
         generation,
         generated: 0,
         stage: Stage::Begin,
+        held: None,
     };
     let body = futures_util::stream::unfold(stream, |mut stream| async {
         let text = stream.next().await?;
@@ -31,6 +32,8 @@ struct Stream {
     generation: Generation,
     generated: usize,
     stage: Stage,
+    /// The first token of a chat; its role is an event before it.
+    held: Option<Piece>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -45,7 +48,11 @@ impl Stream {
         if self.stage == Stage::Ended {
             return None;
         }
-        let Some(piece) = self.generation.next().await else {
+        let next = match self.held.take() {
+            Some(piece) => Some(Ok(piece)),
+            None => self.generation.next().await,
+        };
+        let Some(piece) = next else {
             self.stage = Stage::Ended;
             let mut chunk = self.reply.envelope(self.object(), json!([]));
             chunk["usage"] = self.reply.usage(self.generated);
@@ -60,7 +67,6 @@ impl Stream {
             self.stage = Stage::Ended;
             return Some(event(&engine_dead()) + "data: [DONE]\n\n");
         };
-        let mut text = String::new();
         if self.stage == Stage::Begin && self.reply.kind == Kind::Chat {
             let delta = json!({"role": "assistant", "content": ""});
             let choice =
@@ -69,12 +75,14 @@ impl Stream {
             if self.reply.token_ids {
                 chunk["prompt_token_ids"] = json!(self.reply.prompts[0]);
             }
-            text += &event(&chunk);
+            self.stage = Stage::Tokens;
+            self.held = Some(piece);
+            return Some(event(&chunk));
         }
         self.stage = Stage::Tokens;
         self.generated += 1;
         let choice = self.reply.choice(&[piece], true);
-        Some(text + &event(&self.reply.envelope(self.object(), json!([choice]))))
+        Some(event(&self.reply.envelope(self.object(), json!([choice]))))
     }
 
     fn object(&self) -> &'static str {
