@@ -40,7 +40,11 @@ pub struct Plan {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pegaflow_save(plan: &Plan) {
     // SAFETY: as the caller promises.
-    unsafe { each_page(plan, |cache, arena, size| copy(cache, arena, size)) };
+    unsafe {
+        each_page(plan, |page, next| {
+            copy(page.cache, page.arena, page.size, next.cache)
+        })
+    };
 }
 
 /// # Safety
@@ -48,30 +52,59 @@ pub unsafe extern "C" fn pegaflow_save(plan: &Plan) {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pegaflow_load(plan: &Plan) {
     // SAFETY: as the caller promises.
-    unsafe { each_page(plan, |cache, arena, size| copy(arena, cache, size)) };
+    unsafe {
+        each_page(plan, |page, next| {
+            copy(page.arena, page.cache, page.size, next.arena)
+        })
+    };
 }
 
-/// Calls `visit` with a page in the cache, its place in the arena, and its size.
+/// One page in the cache, and its place in the arena.
+#[derive(Clone, Copy)]
+struct Page {
+    cache: *mut u8,
+    arena: *mut u8,
+    size: usize,
+}
+
+impl Plan {
+    /// Page `lane` of block `at`.
+    ///
+    /// # Safety
+    /// `at` is below `count`, `lane` below `lanes_len`, and all is as for [`pegaflow_save`].
+    unsafe fn page(&self, at: usize, lane: usize) -> Page {
+        // SAFETY: `blocks` and `slots` hold `count` numbers, `lanes` holds `lanes_len` lanes; the page
+        // lies within the cache's and the arena's memory.
+        unsafe {
+            let (block, slot) = (*self.blocks.add(at), *self.slots.add(at));
+            let lane = &*self.lanes.add(lane);
+            Page {
+                cache: lane.cache.add(block as usize * lane.cache_stride),
+                arena: lane.arena.add(slot as usize * lane.arena_stride),
+                size: lane.size,
+            }
+        }
+    }
+}
+
+/// Calls `visit` with each page and the one that comes after it (the last: with itself).
 ///
 /// # Safety
 /// As for [`pegaflow_save`].
-unsafe fn each_page(plan: &Plan, visit: impl Fn(*mut u8, *mut u8, usize)) {
+unsafe fn each_page(plan: &Plan, visit: impl Fn(Page, Page)) {
     fence(Ordering::Acquire);
+    let mut waiting: Option<Page> = None;
     for at in 0..plan.count {
-        // SAFETY: `blocks` and `slots` hold `count` numbers, `lanes` holds `lanes_len` lanes.
-        let (block, slot) = unsafe { (*plan.blocks.add(at), *plan.slots.add(at)) };
         for lane in 0..plan.lanes_len {
-            // SAFETY: as above; the page lies within the cache's and the arena's memory.
-            unsafe {
-                let lane = &*plan.lanes.add(lane);
-                let cache = lane.cache.add(block as usize * lane.cache_stride);
-                visit(
-                    cache,
-                    lane.arena.add(slot as usize * lane.arena_stride),
-                    lane.size,
-                );
+            // SAFETY: both are below their counts.
+            let next = unsafe { plan.page(at, lane) };
+            if let Some(page) = waiting.replace(next) {
+                visit(page, next);
             }
         }
+    }
+    if let Some(page) = waiting {
+        visit(page, page);
     }
     finish();
     fence(Ordering::AcqRel);
@@ -90,7 +123,8 @@ mod streaming {
     /// for an earlier store whose address is the same within its page.
     const MEMORY: usize = 4096;
     const APART: usize = 4;
-    const AHEAD: usize = 8;
+    /// How far ahead lines are asked for, in steps of [`APART`] lines; by measurement (docs/performance-store.md).
+    const AHEAD: usize = 24;
 
     /// Makes what was streamed visible before whatever is written next.
     pub fn finish() {
@@ -98,50 +132,103 @@ mod streaming {
         unsafe { _mm_sfence() };
     }
 
+    /// Copies, and asks for the first lines of `next`, which is what will be copied from after this.
+    ///
     /// # Safety
-    /// `size` bytes of both, which do not overlap.
-    pub unsafe fn copy(from: *const u8, to: *mut u8, size: usize) {
+    /// `size` bytes of `from` and `to`, which do not overlap.
+    pub unsafe fn copy(from: *const u8, to: *mut u8, size: usize, next: *const u8) {
         let head = to.align_offset(LINE).min(size);
         // Towards the end that no store has come near to (within a page): a large tensor begins 64
         // bytes into a page and the arena's rows at the start of one, and each line's load would
         // wait for the store of the line before it.
         let ahead = (to as usize).wrapping_sub(from as usize) % MEMORY;
         let backward = 0 < ahead && ahead < MEMORY / 2;
-        let order = |step: usize, steps: usize| if backward { steps - 1 - step } else { step };
         // SAFETY: every access below stays within `size` bytes of both; lines are aligned in `to`.
         unsafe {
             ptr::copy_nonoverlapping(from, to, head);
+            if next != from.add(size) {
+                touch(next, size);
+            }
             let mut done = head;
             while size - done >= APART * MEMORY {
-                for step in 0..MEMORY / LINE {
-                    let at = done + LINE * order(step, MEMORY / LINE);
-                    lines(from.add(at), to.add(at), MEMORY, backward);
-                }
+                let stretch = Stretch {
+                    lines: MEMORY / LINE,
+                    step: LINE,
+                    apart: MEMORY,
+                    backward,
+                };
+                let left = size - done - APART * MEMORY;
+                let then = if left >= APART * MEMORY {
+                    from.add(done + APART * MEMORY)
+                } else {
+                    next
+                };
+                stretch.copy(from.add(done), to.add(done), then);
                 done += APART * MEMORY;
             }
             let groups = (size - done) / (APART * LINE);
-            for step in 0..groups {
-                let at = done + APART * LINE * order(step, groups);
-                lines(from.add(at), to.add(at), LINE, backward);
-            }
+            let stretch = Stretch {
+                lines: groups,
+                step: APART * LINE,
+                apart: LINE,
+                backward,
+            };
+            stretch.copy(from.add(done), to.add(done), next);
             done += groups * APART * LINE;
             ptr::copy_nonoverlapping(from.add(done), to.add(done), size - done);
         }
     }
 
-    /// Four lines that lie `apart`: all loads, then all stores.
+    /// Asks for a line of each page of memory, so that the processor knows where they are when their turn
+    /// comes: finding that out takes as long as copying some lines, and where pages follow one another it
+    /// is hidden anyway.
+    fn touch(first: *const u8, size: usize) {
+        for at in (0..size).step_by(MEMORY) {
+            // SAFETY: nothing is read; the address may be anything.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(first.wrapping_add(at).cast()) };
+        }
+    }
+
+    /// `lines` times four lines that lie `apart`, `step` bytes from one another.
+    struct Stretch {
+        lines: usize,
+        step: usize,
+        apart: usize,
+        backward: bool,
+    }
+
+    impl Stretch {
+        /// Where the `n`th four lines are.
+        #[inline(always)]
+        fn at(&self, n: usize) -> usize {
+            self.step * if self.backward { self.lines - 1 - n } else { n }
+        }
+
+        /// # Safety
+        /// The stretch lies within both; `to` is aligned to a line. `then` may be anything.
+        #[inline(always)]
+        unsafe fn copy(&self, from: *const u8, to: *mut u8, then: *const u8) {
+            for n in 0..self.lines {
+                let soon = if n + AHEAD < self.lines {
+                    from.wrapping_add(self.at(n + AHEAD))
+                } else {
+                    then.wrapping_add(self.at((n + AHEAD - self.lines).min(self.lines - 1)))
+                };
+                let at = self.at(n);
+                // SAFETY: as the caller promises.
+                unsafe { lines(from.add(at), to.add(at), self.apart, soon) };
+            }
+        }
+    }
+
+    /// Four lines that lie `apart`: all loads, then all stores; and asks for the four at `soon`.
     ///
     /// # Safety
     /// 64 bytes of both at each of four places, `apart` from one another; `to` is aligned to 16.
     #[inline(always)]
-    unsafe fn lines(from: *const u8, to: *mut u8, apart: usize, backward: bool) {
-        let step = AHEAD * LINE;
-        let soon = if backward {
-            from.wrapping_sub(step)
-        } else {
-            from.wrapping_add(step)
-        };
-        // SAFETY: four times 64 bytes of both, as the caller promises.
+    unsafe fn lines(from: *const u8, to: *mut u8, apart: usize, soon: *const u8) {
+        // SAFETY: four times 64 bytes of both, as the caller promises; what is only asked for may be
+        // anywhere.
         unsafe {
             let mut words: [__m128i; 4 * APART] = [_mm_setzero_si128(); 4 * APART];
             for (at, word) in words.iter_mut().enumerate() {
@@ -161,7 +248,10 @@ mod streaming {
 use streaming::{copy, finish};
 
 #[cfg(not(target_arch = "x86_64"))]
-use core::ptr::copy_nonoverlapping as copy;
+unsafe fn copy(from: *const u8, to: *mut u8, size: usize, _next: *const u8) {
+    // SAFETY: as the caller promises.
+    unsafe { core::ptr::copy_nonoverlapping(from, to, size) };
+}
 
 #[cfg(not(target_arch = "x86_64"))]
 fn finish() {}
