@@ -283,6 +283,58 @@ async fn a_node_that_dies_and_returns_answers_after_all() {
     rig.finish().await;
 }
 
+/// A server whose engine has died answers once or twice before it dies itself. `beside`: another node
+/// answers badly for good, and must not have the last word.
+async fn answers_badly_dies_and_returns(last_words: Answer, beside: bool) {
+    let board = HandoffBoard::default();
+    let dying = Fake::scripted(&board, move |number, _| match number {
+        0 => (Kv::Nothing, last_words.clone()),
+        _ => (Kv::Nothing, Answer::Tokens),
+    })
+    .await;
+    let bad = Fake::always(&board, Kv::Nothing, Answer::Status(500, "boom")).await;
+    let mut nodes = vec![("a", Role::Unified, dying.addr)];
+    if beside {
+        nodes.push(("b", Role::Unified, bad.addr));
+    }
+    let rig = Rig::start(&board, plan(), &nodes).await;
+    let revive = async {
+        let tried = || !dying.seen().is_empty() && bad.seen().is_empty() != beside;
+        soon("an answer of every node", async {
+            while !tried() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        })
+        .await;
+        // Until a health probe finds out.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let delay = Duration::from_millis(1);
+        rig.set("a", Phase::Backoff { delay });
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        rig.fleet.update(&"a".into(), |node| {
+            node.incarnation = 2;
+            node.phase = Phase::Ready;
+        });
+    };
+    let body = stream(1);
+    let (got, ()) = tokio::join!(rig.complete(&body), revive);
+    got.is_whole_stream("1");
+    rig.finish().await;
+}
+
+#[tokio::test]
+async fn an_error_of_a_dying_node_is_not_the_answer() {
+    for last_words in [
+        Answer::Status(500, "the engine is dead"),
+        Answer::ErrorEvent(500),
+        Answer::ErrorAfterRole(500),
+    ] {
+        for beside in [false, true] {
+            answers_badly_dies_and_returns(last_words.clone(), beside).await;
+        }
+    }
+}
+
 #[tokio::test]
 async fn when_every_node_answers_badly_the_client_learns_why() {
     let board = HandoffBoard::default();

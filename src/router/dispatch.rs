@@ -4,6 +4,7 @@
 //!  choose ─▶ send ─▶ first piece there? ── yes ─▶ commit (no way back from here)
 //!    ▲  │                 │ no: refused, reset, 5xx, timeout, node left
 //!    │  └─ none ready: wait for the fleet, up to queue_timeout
+//!    │     none but one that answered with an error: see whether it is dying, up to DYING
 //!    └──── next node ─────┘ at most MAX_ATTEMPTS
 //! ```
 
@@ -18,7 +19,7 @@ use super::handoff::Prefilled;
 use super::legs::{self, Leg, LegError, Reply};
 use super::split::{self, WholeReason};
 use super::{Call, Context};
-use crate::fleet::{FleetSnapshot, NodeId, NodeView, Role};
+use crate::fleet::{FleetSnapshot, NodeId, NodeView, Phase, Role};
 use crate::handoff::{HandoffId, HandoffTicket};
 
 /// Nodes that one request may be sent to before it is given up.
@@ -27,6 +28,10 @@ const MAX_ATTEMPTS: usize = 5;
 /// How long a node may miss its health probes before its unanswered requests go elsewhere. A busy
 /// API server stalls for seconds; moving its requests would make the next one stall.
 const SILENCE: Duration = Duration::from_secs(10);
+
+/// How long after an error of a node its death may show. A vLLM API server whose engine has died answers
+/// 500 to all it has, and only then fails its next health probe and exits.
+const DYING: Duration = Duration::from_secs(2);
 
 /// What the leg is to do.
 pub(super) enum Task<'a> {
@@ -142,6 +147,10 @@ struct Choice {
     tried: Vec<(NodeId, u64)>,
     attempts: usize,
     last: Option<(NodeId, LegError)>,
+    /// Nodes that died or left after they failed, and were not tried since.
+    left: Vec<NodeId>,
+    /// Until when the last error may turn out to have been a dying node's.
+    dying: Option<Instant>,
     /// A connection that broke, on a node that is still called ready, may have been an idle one
     /// that the node was closing: one more try there.
     forgiven: bool,
@@ -162,12 +171,13 @@ impl Choice {
             if self.attempts < MAX_ATTEMPTS
                 && let Some(pick) = self.pick(cx, task, &snapshot)
             {
+                self.left.retain(|left| left != pick.node());
                 return Ok(pick);
             }
-            if !self.worth_waiting(&snapshot) {
+            let patient = *patience.get_or_insert_with(|| Instant::now() + cx.plan.queue_timeout);
+            let Some(until) = self.worth_waiting(&snapshot, patient) else {
                 return Err(self.give_up(cx));
-            }
-            let until = *patience.get_or_insert_with(|| Instant::now() + cx.plan.queue_timeout);
+            };
             match timeout_at(until, fleet.changed()).await {
                 Ok(Ok(())) => {}
                 Ok(Err(_)) | Err(_) => return Err(self.give_up(cx)),
@@ -198,18 +208,30 @@ impl Choice {
 
     /// A node that left and comes back gets another chance.
     fn forget_the_gone(&mut self, fleet: &FleetSnapshot) {
-        self.tried.retain(|(id, incarnation)| {
-            fleet
+        let gone = self.tried.extract_if(.., |(id, incarnation)| {
+            !fleet
                 .node(id)
                 .is_some_and(|node| node.is_ready() && node.incarnation == *incarnation)
         });
+        self.left.extend(gone.map(|(id, _)| id));
     }
 
-    /// A node that answers badly is no better in a minute; one that died will be back.
-    fn worth_waiting(&self, fleet: &FleetSnapshot) -> bool {
+    /// Until when, if at all. A node that answers badly is no better in a minute; one that died will be
+    /// back, and `patient` is the time for that.
+    fn worth_waiting(&self, fleet: &FleetSnapshot, patient: Instant) -> Option<Instant> {
+        if self.attempts >= MAX_ATTEMPTS {
+            return None;
+        }
         let died = |(_, error): &(NodeId, LegError)| error.is_death();
-        self.attempts < MAX_ATTEMPTS
-            && (self.last.as_ref().is_none_or(died) || !super::admission::has_ready_node(fleet))
+        let returns = |node: &NodeView| !node.phase.is_terminal() && node.phase != Phase::Draining;
+        let left = |id: &NodeId| fleet.node(id).is_some_and(returns);
+        if self.last.as_ref().is_none_or(died)
+            || self.left.iter().any(left)
+            || !super::admission::has_ready_node(fleet)
+        {
+            return Some(patient);
+        }
+        self.dying.map(|until| until.min(patient))
     }
 
     fn failed(&mut self, pick: &Pick, error: LegError) {
@@ -220,6 +242,7 @@ impl Choice {
         } else {
             self.tried.push((pick.node().clone(), pick.incarnation));
         }
+        self.dying = error.may_be_dying().then(|| Instant::now() + DYING);
         self.last = Some((pick.node().clone(), error));
     }
 

@@ -77,6 +77,11 @@ impl LegError {
         )
     }
 
+    /// The node answered, but a node whose engine has just died answers so too.
+    pub(super) fn may_be_dying(&self) -> bool {
+        matches!(self, Self::Status { .. } | Self::InStream(_))
+    }
+
     fn from_client(error: reqwest::Error) -> Self {
         if error.is_connect() {
             Self::Connect(error)

@@ -39,7 +39,8 @@ const START_PROBE: Duration = Duration::from_millis(100);
 const GATE_RETRY: Duration = Duration::from_millis(200);
 /// A look that is not answered by then is lost.
 const GATE_LOOK: Duration = Duration::from_secs(20);
-/// The first request compiles kernels.
+/// The first request compiles kernels. A node that has less than this for its start has no more for its
+/// warm-up either: a server that stands still there is found as early.
 const WARM_UP_LIMIT: Duration = Duration::from_secs(300);
 const WARM_UP_RETRY: Duration = Duration::from_secs(1);
 /// A ready node whose answers are late this often in a row is unreachable. Fewer are no reason to send
@@ -278,6 +279,10 @@ impl Machine {
         matches!(self.state, State::Starting { .. } | State::WarmingUp { .. }) || self.is_warm()
     }
 
+    fn warm_up_limit(&self) -> Duration {
+        WARM_UP_LIMIT.min(self.plan.start_timeout)
+    }
+
     /// It has answered a request.
     fn is_warm(&self) -> bool {
         matches!(
@@ -300,7 +305,7 @@ impl Machine {
                 return self.kill(format!("not ready after {waited}"), now);
             }
             State::WarmingUp { by, .. } if now >= by => {
-                let limit = humantime::format_duration(WARM_UP_LIMIT);
+                let limit = humantime::format_duration(self.warm_up_limit());
                 let slow = || format!("the warm-up request did not end within {limit}");
                 let why = self.trouble.take().unwrap_or_else(slow);
                 return self.kill(why, now);

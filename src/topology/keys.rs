@@ -147,7 +147,7 @@ pub(super) const SUPERVISOR: Table = Table {
     header: "[supervisor]",
     doc: "The life of the nodes.",
     keys: &[
-        key("start_timeout", Duration, Is("\"900s\""), "From start to ready; extended while the log or the memory of its processes grows, to four times this at most."),
+        key("start_timeout", Duration, Is("\"900s\""), "From start to the first answer to /health; extended while the log or the memory of its processes grows, to four times this at most. The warm-up request then has this long again, but 300 s at most."),
         key("health_interval", Duration, Is("\"1s\""), "Between two health probes."),
         key("hang_timeout", Duration, Is("\"120s\""), "Requests running and token counters that stand still for this long: the node is restarted."),
         key("idle_canary", DurationOrZero, Is("\"30s\""), "An idle or silent node is asked for one token this often; \"0s\": only one that has been silent for hang_timeout."),

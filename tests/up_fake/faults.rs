@@ -5,8 +5,10 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
+use crate::kills::{Victim, pid_of};
 use crate::support::client::{Ending, completion, generate, is_proven, streamed};
 use crate::support::{self, HANG, Site, send};
+use crate::wait_until;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_that_dies_of_its_own_returns() {
@@ -67,6 +69,36 @@ async fn a_reset_connection_is_retried() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hanging_request_is_retried_after_its_timeout() {
     fault_is_retried(json!({"kind": "hang", "next": 1})).await;
+}
+
+/// A server whose engine has died answers 500 to all it has, and takes seconds to die itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_only_node_computed_when_its_engine_died_is_answered_after_all() {
+    let site = Site::new();
+    let topology = support::topology(site.port);
+    let (general, _) = topology.split_once("[[node]]").unwrap();
+    site.topology(&format!(
+        "{general}[[node]]\nname = \"alone\"\nrole = \"unified\"\n"
+    ));
+    let up = site.up_ready().await;
+    let body = completion(1, 100, 8);
+    let whole = up.whole("alone", &body).await;
+    for (restarts, body) in [(1, body.clone()), (2, streamed(body))] {
+        site.script(r#"{"prefill_ms": 600000}"#);
+        let leader = up.node("alone").await["pid"].as_u64().unwrap();
+        let engine = pid_of(Victim::Engine, u32::try_from(leader).unwrap());
+        let url = up.url();
+        let request = tokio::spawn(async move { generate(&url, &body).await });
+        let runs = async || up.node_metric("alone", "vllm:num_requests_running").await > 0.0;
+        wait_until(runs, "the node computes the prompt").await;
+        site.script("{}");
+        send(engine, Signal::SIGKILL);
+        let answer = request.await.unwrap();
+        assert_eq!(answer.ending, Ending::Complete, "{answer:?}");
+        assert_eq!(answer.text, whole.text);
+        assert_eq!(up.node("alone").await["restarts"], restarts);
+    }
+    up.stop().await;
 }
 
 /// With only prefill or only decode left.

@@ -77,6 +77,33 @@ async fn a_busy_node_whose_engine_stands_still_is_restarted_and_its_client_told(
     up.stop().await;
 }
 
+/// Until a node has answered its first request, nothing but the deadline of its start finds a hang.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_whose_server_stands_still_in_its_warm_up_is_restarted() {
+    let site = Site::new();
+    let topology = support::topology(site.port);
+    site.topology(&topology.replace("start_timeout = \"30s\"", "start_timeout = \"8s\""));
+    let up = site.up_ready().await;
+    site.script(r#"{"nodes": {"decode": {"ttft_ms": 600000}}}"#);
+    send(leader(&up, "decode").await, Signal::SIGKILL);
+    let view = up
+        .wait_for_node("decode", |view| view["phase"] == "warming_up")
+        .await;
+    site.script("{}");
+    send(
+        u32::try_from(view["pid"].as_u64().unwrap()).unwrap(),
+        Signal::SIGSTOP,
+    );
+    let back = |view: &Value| is_proven(view) && view["restarts"].as_u64() == Some(2);
+    let view = up.wait_for_node("decode", back).await;
+    let why = view["reason"].as_str().unwrap_or_default();
+    assert!(
+        why.contains("warm-up request did not end within 8s"),
+        "{why}"
+    );
+    up.stop().await;
+}
+
 /// A guard that stands still sees no death; its node's is seen all the same.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_death_that_a_stopped_guard_does_not_tell_is_found() {

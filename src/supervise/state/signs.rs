@@ -7,7 +7,7 @@ use crate::fleet::{KvTrust, Role};
 use super::super::liveness::{Canary, Cause, Liveness, Pulse};
 use super::{
     Action, End, LATE_PROBES, MEMORY_STEP, Machine, Next, Probe, START_EXTENSIONS, START_PROBE,
-    State, Then, WARM_UP_LIMIT, WARM_UP_RETRY, Warmth,
+    State, Then, WARM_UP_RETRY, Warmth,
 };
 
 impl Machine {
@@ -58,7 +58,7 @@ impl Machine {
                 match state {
                     State::Starting { .. } => {
                         self.state = State::WarmingUp {
-                            by: now + WARM_UP_LIMIT,
+                            by: now + self.warm_up_limit(),
                             next: Next::InFlight,
                         };
                         return vec![Action::WarmUp];

@@ -183,6 +183,32 @@ fn memory_that_stays_is_no_progress() {
 }
 
 #[test]
+fn a_warm_up_that_does_not_end_is_a_death_after_no_more_than_the_start_may_take() {
+    let patient = plan().start_timeout;
+    assert!(patient > WARM_UP_LIMIT);
+    for (start_timeout, limit) in [(patient, WARM_UP_LIMIT), (SECOND * 20, SECOND * 20)] {
+        let plan = SupervisorPlan {
+            start_timeout,
+            ..plan()
+        };
+        let begin = Instant::now();
+        let mut node = Machine::new(plan, Role::Decode, begin);
+        start(&mut node, begin);
+        let warming = begin + SECOND * 3;
+        node.step(Event::Probe(Probe::Healthy), warming);
+        let mut now = warming;
+        while node.phase() == Phase::WarmingUp {
+            now = node.deadline().unwrap().max(now);
+            if node.step(Event::Tick, now).contains(&Action::Probe) {
+                node.step(Event::Probe(Probe::Late), now);
+            }
+        }
+        assert_eq!(now, warming + limit);
+        assert!(node.reason().unwrap().contains("warm-up"));
+    }
+}
+
+#[test]
 fn a_hopeless_death_is_not_retried() {
     let (mut node, now) = machine(Role::Unified);
     start(&mut node, now);
