@@ -19,7 +19,7 @@ mod storm;
 
 use std::time::Instant;
 
-use spec::Point;
+use spec::{Point, TOKEN};
 use storm::{Gone, Plan, Storm};
 
 /// Nodes in a storm, and the lives of each of them in a round.
@@ -43,6 +43,7 @@ fn storm(world: u32, verify: bool, kills: u64) {
         gone: Gone::Reaped,
         verify,
         lives: LIVES,
+        token: TOKEN,
     });
     let (mut killed, mut verified) = (0, 0);
     // On a slow machine less happens in a life; a storm in which little happened proves little.
@@ -122,6 +123,7 @@ fn the_harness_sees_a_reused_slot() {
         gone: Gone::TooEarly,
         verify: false,
         lives: 3,
+        token: TOKEN,
     });
     for _ in 0..20 {
         storm.round();
@@ -133,4 +135,19 @@ fn the_harness_sees_a_reused_slot() {
         }
     }
     panic!("slots were reused under living writers, and nobody noticed");
+}
+
+/// A process that the engine does not admit does nothing, and the storm would wait for it.
+#[test]
+#[should_panic(expected = "not admitted")]
+fn the_harness_says_who_was_refused() {
+    let mut storm = Storm::new(Plan {
+        seed: 1,
+        world: 1,
+        gone: Gone::Reaped,
+        verify: false,
+        lives: 1,
+        token: "another",
+    });
+    storm.round();
 }

@@ -21,7 +21,7 @@ use nix::unistd::{Uid, geteuid, setuid};
 use pegaflow::engine::client::{Client, ClientError};
 use pegaflow::engine::protocol::SessionKind;
 
-use crate::spec::{Event, Point, Report, Role, Spec, Stop, hello};
+use crate::spec::{Event, Point, Report, Role, Spec, Stop, hello, refusals};
 
 /// For every answer of the store; only a hang reaches it.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -50,7 +50,22 @@ impl Process {
         Client::connect(&self.spec.socket, hello(&self.spec, kind), LIMIT)
     }
 
-    /// The store does not want this incarnation any more; the test ends it.
+    /// A session. That there is none is reported at once: nothing that a storm does is a reason.
+    fn admitted(&self, kind: SessionKind) -> Client {
+        match self.connect(kind) {
+            Ok(client) => client,
+            Err(error) => {
+                let spec = &self.spec;
+                let who = format!("{} {}: {:?}", spec.node, spec.incarnation, spec.role);
+                let source = std::error::Error::source(&error).map(ToString::to_string);
+                let why = format!("{error} {}", source.unwrap_or_default());
+                Report::append(&refusals(&spec.report)).say(&format!("{who}: {why}"));
+                self.idle()
+            }
+        }
+    }
+
+    /// Until the test ends it.
     fn idle(&self) -> ! {
         loop {
             std::thread::sleep(Duration::from_secs(1));

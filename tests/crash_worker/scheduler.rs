@@ -32,9 +32,7 @@ pub fn run(process: Process) {
     if process.spec.world > 1 {
         links.push(Link::inherited(std::io::stdout().as_fd()));
     }
-    let Ok(client) = process.connect(SessionKind::Scheduler) else {
-        process.idle();
-    };
+    let client = process.admitted(SessionKind::Scheduler);
     let producer = process.spec.role == Role::Producer;
     let mut scheduler = Scheduler {
         rng: Rng::new(process.spec.seed),
@@ -191,10 +189,7 @@ impl Scheduler {
             self.client = None;
         } // Otherwise the new session begins before the old one has ended.
         thread::sleep(Duration::from_millis(1));
-        match self.process.connect(SessionKind::Scheduler) {
-            Ok(client) => self.client = Some(client),
-            Err(_) => self.process.idle(),
-        }
+        self.client = Some(self.process.admitted(SessionKind::Scheduler));
     }
 
     fn store(&mut self) -> &mut Client {

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use pegaflow::engine::protocol::{Hello, SessionKind, SlotRef, VERSION};
 use serde::{Deserialize, Serialize};
@@ -118,13 +118,22 @@ pub enum Event {
 
 pub struct Report(File);
 
+/// Beside the report, if there is one: who was not admitted by the store, and why.
+pub fn refusals(report: &Path) -> PathBuf {
+    report.with_extension("refused")
+}
+
 impl Report {
     pub fn open(spec: &Spec) -> Self {
-        let file = File::options().append(true).create(true).open(&spec.report);
+        Self::append(&spec.report)
+    }
+
+    pub fn append(path: &Path) -> Self {
+        let file = File::options().append(true).create(true).open(path);
         Self(file.unwrap())
     }
 
-    pub fn say(&mut self, event: &Event) {
+    pub fn say(&mut self, event: &impl Serialize) {
         let mut line = serde_json::to_vec(event).unwrap();
         line.push(b'\n');
         // One write: lines of several processes do not mix.

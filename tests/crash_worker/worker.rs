@@ -35,9 +35,7 @@ struct Worker {
 
 pub fn run(process: Process, rank: u32) {
     let link = Link::inherited(std::os::fd::AsFd::as_fd(&std::io::stdin()));
-    let Ok(client) = process.connect(SessionKind::Worker) else {
-        process.idle();
-    };
+    let client = process.admitted(SessionKind::Worker);
     let mut worker = Worker {
         rng: Rng::new(process.spec.seed),
         arena: Arena::map(&client),
@@ -233,14 +231,9 @@ impl Worker {
     /// Nothing is being copied at this moment.
     fn say_hello_again(&mut self) {
         self.process.report.say(&Event::Reconnected);
-        match self.process.connect(SessionKind::Worker) {
-            Ok(client) => {
-                self.arena = Arena::map(&client);
-                self.client = client;
-                self.hellos += 1;
-            }
-            Err(_) => self.process.idle(),
-        }
+        self.client = self.process.admitted(SessionKind::Worker);
+        self.arena = Arena::map(&self.client);
+        self.hellos += 1;
     }
 
     fn dawdle(&mut self) {

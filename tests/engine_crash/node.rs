@@ -48,12 +48,13 @@ impl Process {
         assert_eq!(status.signal(), Some(SIGKILL), "ended by itself: {status}");
     }
 
-    fn ends_within(&mut self, limit: Duration) -> bool {
+    fn ends_within(&mut self, limit: Duration, storm: &Storm) -> bool {
         let started = Instant::now();
         while started.elapsed() < limit {
             if self.0.try_wait().unwrap().is_some() {
                 return true;
             }
+            storm.assert_all_were_admitted();
             thread::sleep(Duration::from_millis(1));
         }
         false
@@ -98,7 +99,7 @@ impl<'a> Node<'a> {
         if fault.stop.is_none() {
             thread::sleep(fault.delay);
         } else {
-            victim.ends_within(STOP_WITHIN);
+            victim.ends_within(STOP_WITHIN, self.storm);
         }
         victim.kill();
         let gone = || {
@@ -108,6 +109,8 @@ impl<'a> Node<'a> {
         };
         if self.storm.plan.gone == Gone::TooEarly {
             gone();
+        } else {
+            self.storm.assert_all_were_admitted();
         }
         thread::sleep(fault.linger);
         processes.iter_mut().for_each(Process::kill);

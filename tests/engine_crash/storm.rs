@@ -10,6 +10,7 @@
 //! After each round nobody is left, and everything must be free again.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::thread;
@@ -23,7 +24,7 @@ use pegaflow::plan::{ArenaPlan, PoolPlan};
 use prometheus_client::registry::Registry;
 
 use crate::node::Node;
-use crate::spec::{self, Event, Point, ROW_BYTES, Rng, Role, Spec, TOKEN};
+use crate::spec::{self, Event, Point, ROW_BYTES, Rng, Role, Spec};
 
 pub const LIMIT: Duration = Duration::from_secs(60);
 /// Few, so that nearly every store evicts.
@@ -49,6 +50,8 @@ pub struct Plan {
     pub verify: bool,
     /// Per node and round.
     pub lives: u32,
+    /// What the engine wants to hear; the processes say [`spec::TOKEN`].
+    pub token: &'static str,
 }
 
 pub struct Storm {
@@ -84,7 +87,7 @@ impl Storm {
         let board = HandoffBoard::default();
         let config = EngineConfig {
             socket_path: socket.clone(),
-            token: TOKEN.into(),
+            token: plan.token.into(),
             pools: vec![PoolPlan::only(
                 4096 + u64::from(SLOTS) * ROW_BYTES * u64::from(plan.world),
             )],
@@ -122,7 +125,10 @@ impl Storm {
                 let mut node = Node::new(storm, name, role, rng.next());
                 scope.spawn(move || (0..storm.plan.lives).map(|_| node.live()).count() as u64)
             });
-            running.into_iter().map(|node| node.join().unwrap()).sum()
+            let join = |node: thread::ScopedJoinHandle<'_, u64>| {
+                node.join().unwrap_or_else(|panic| resume_unwind(panic))
+            };
+            running.into_iter().map(join).sum()
         })
     }
 
@@ -173,6 +179,14 @@ impl Storm {
             }
         }
         tally
+    }
+
+    /// Fails with the reason if the store has refused a process of the storm: such a process does
+    /// nothing, so whatever is waited for would not come.
+    pub fn assert_all_were_admitted(&self) {
+        let report = self.dir.path().join("report");
+        let refused = std::fs::read_to_string(spec::refusals(&report)).unwrap_or_default();
+        assert!(refused.is_empty(), "not admitted: {refused}");
     }
 
     /// Everybody is gone: nothing may be left of them.

@@ -55,6 +55,7 @@ async fn metrics(State(server): State<Arc<Server>>) -> String {
     let counters = &server.counters;
     let figures = [
         ("num_requests_running", "gauge", &counters.running),
+        ("num_requests_waiting", "gauge", &counters.waiting),
         ("prompt_tokens_total", "counter", &counters.prompt_tokens),
         (
             "generation_tokens_total",
@@ -81,7 +82,6 @@ async fn metrics(State(server): State<Arc<Server>>) -> String {
         text += &format!("# HELP vllm:{name} .\n# TYPE vllm:{name} {kind}\n");
         text += &format!("vllm:{name}{{{labels}}} {value}.0\n");
     }
-    text += &format!("vllm:num_requests_waiting{{{labels}}} 0.0\n");
     for (leg, count) in counters.legs.lock().unwrap().iter() {
         text += &format!("vllm:fake_legs_total{{{labels},leg=\"{leg}\"}} {count}.0\n");
     }

@@ -10,6 +10,8 @@ pub struct Args {
     pub block_size: usize,
     pub tensor_parallel: u32,
     pub max_model_len: usize,
+    /// Requests that run at a time; more wait.
+    pub max_num_seqs: usize,
     pub connector: bool,
     /// Only in a worker process.
     pub rank: u32,
@@ -52,6 +54,7 @@ impl Args {
             block_size: number("block-size", 16),
             tensor_parallel: u32::try_from(number("tensor-parallel-size", 1)).unwrap(),
             max_model_len: number("max-model-len", 40_960),
+            max_num_seqs: number("max-num-seqs", 256),
             connector: get("kv-transfer-config").is_some_and(|value| !value.is_empty()),
             rank: u32::try_from(number("rank", 0)).unwrap(),
         }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::leader::{EngineDead, Running, Server};
+use crate::leader::{EngineDead, Running, Server, Slot};
 use crate::tokens::{Model, Token};
 use crate::wire::{Job, Leg, LegKind};
 
@@ -37,12 +37,13 @@ pub struct Generation {
     choice: usize,
     position: usize,
     current: Option<(Running, Model)>,
+    /// From its first token on until its end.
+    slot: Option<Slot>,
 }
 
 impl Generation {
     pub fn new(server: Arc<Server>, order: Order) -> Self {
         let counters = &server.counters;
-        counters.running.fetch_add(1, Ordering::Relaxed);
         counters.requests.fetch_add(1, Ordering::Relaxed);
         let leg = match order.leg.as_ref().map(|leg| leg.leg) {
             Some(LegKind::Prefill) => "prefill",
@@ -56,6 +57,7 @@ impl Generation {
             choice: 0,
             position: 0,
             current: None,
+            slot: None,
         }
     }
 
@@ -78,6 +80,9 @@ impl Generation {
         } else {
             script.itl_ms
         };
+        if self.slot.is_none() {
+            self.slot = Some(self.server.admit().await?);
+        }
         if self.current.is_none() {
             let prompt = &self.order.prompts[self.choice / self.order.n];
             let job = Job {
@@ -129,7 +134,6 @@ impl Generation {
 
 impl Drop for Generation {
     fn drop(&mut self) {
-        self.server.counters.running.fetch_sub(1, Ordering::Relaxed);
         if self.choice < self.choices() && !self.server.is_dead() {
             self.server.counters.aborted.fetch_add(1, Ordering::Relaxed);
         }

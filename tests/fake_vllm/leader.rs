@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::process::Child;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use crate::args::Args;
@@ -30,12 +30,15 @@ pub struct Server {
     pub script: ScriptReader,
     pub engine: Engine,
     pub counters: Counters,
+    /// As many as requests may run at a time; who waits is served in order.
+    pub slots: Arc<Semaphore>,
 }
 
 /// Shown at `/metrics`.
 #[derive(Debug, Default)]
 pub struct Counters {
     pub running: AtomicU64,
+    pub waiting: AtomicU64,
     pub requests: AtomicU64,
     pub prompt_tokens: AtomicU64,
     pub generated_tokens: AtomicU64,
@@ -68,6 +71,20 @@ pub struct Running {
 }
 
 impl Server {
+    /// Waits for a place among the running requests.
+    pub async fn admit(self: &Arc<Self>) -> Result<Slot, EngineDead> {
+        let waiting = Counted::new(self, |counters| &counters.waiting);
+        let permit = tokio::select! {
+            permit = self.slots.clone().acquire_owned() => permit.map_err(|_| EngineDead)?,
+            () = self.engine.dead.cancelled() => return Err(EngineDead),
+        };
+        drop(waiting);
+        Ok(Slot {
+            _running: Counted::new(self, |counters| &counters.running),
+            _permit: permit,
+        })
+    }
+
     /// Runs a prompt up to its first token.
     pub async fn run(self: &Arc<Self>, mut job: Job) -> Result<(Running, Outcome), EngineDead> {
         let id = self.engine.next.fetch_add(1, Ordering::Relaxed);
@@ -89,6 +106,34 @@ impl Server {
 
     pub fn is_dead(&self) -> bool {
         self.engine.dead.is_cancelled()
+    }
+}
+
+/// A running request's place.
+#[derive(Debug)]
+pub struct Slot {
+    _running: Counted,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// One more in a gauge, for as long as it lives.
+#[derive(Debug)]
+struct Counted {
+    server: Arc<Server>,
+    gauge: fn(&Counters) -> &AtomicU64,
+}
+
+impl Counted {
+    fn new(server: &Arc<Server>, gauge: fn(&Counters) -> &AtomicU64) -> Self {
+        gauge(&server.counters).fetch_add(1, Ordering::Relaxed);
+        let server = server.clone();
+        Self { server, gauge }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        (self.gauge)(&self.server.counters).fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -134,6 +179,7 @@ pub async fn run(args: Args, argv: Vec<String>) -> ExitCode {
             next: AtomicU64::new(1),
             dead: CancellationToken::new(),
         },
+        slots: Arc::new(Semaphore::new(args.max_num_seqs)),
         args,
         argv,
         script: reader,

@@ -7,7 +7,9 @@
     clippy::panic
 )]
 
+mod census;
 mod commands;
+mod cycles;
 mod ending;
 #[path = "../fake_nvml/mod.rs"]
 mod fake_nvml;
@@ -22,6 +24,7 @@ mod leaving;
 mod orders;
 mod pid_one;
 mod restarts;
+mod scoreboard;
 mod service;
 mod serving;
 mod starting;
