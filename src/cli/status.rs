@@ -1,17 +1,19 @@
 //! `pegaflow status`: one look, or one after the other.
 
+mod screen;
 mod table;
 
-use std::io::IsTerminal as _;
 use std::time::{Duration, SystemTime};
 
 use clap::Args;
 use console::Term;
 use serde_json::Value;
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::Exit;
 use super::client::{Instance, Which, print};
 use crate::control::{State, Status, rfc3339, seconds};
+use screen::Screen;
 
 #[derive(Debug, Args)]
 pub struct StatusArgs {
@@ -31,25 +33,46 @@ pub struct StatusArgs {
 
 pub async fn status(args: StatusArgs) -> Result<(), Exit> {
     let instance = Instance::find(args.which.get())?;
-    let screen = Term::stdout();
-    let redraws = args.watch && !args.json && screen.is_term();
-    loop {
+    if !args.watch {
         let look = fetch(&instance).await?;
-        let text = match (args.json, args.watch) {
-            (true, true) => format!("{look}\n"),
-            (true, false) => format!("{look:#}\n"),
-            (false, _) => table::render(&read(look)?, layout(&screen)),
-        };
-        if redraws {
-            // A screen that cannot be cleared is scrolled.
-            let _ = screen.clear_screen();
+        return print(match args.json {
+            true => format!("{look:#}\n"),
+            false => table::render(&read(look)?, layout()),
+        });
+    }
+    tokio::select! {
+        outcome = watch(&instance, &args) => outcome,
+        // Between two looks, so that the terminal is left as it was.
+        stopped = signalled() => {
+            stopped.map_err(|error| Exit::failed("cannot listen for signals", error))
         }
-        print(text)?;
-        if !args.watch {
-            return Ok(());
-        }
+    }
+}
+
+async fn watch(instance: &Instance, args: &StatusArgs) -> Result<(), Exit> {
+    let mut screen = Screen::of_stdout().filter(|_| !args.json);
+    let mut gap = "";
+    loop {
+        let look = fetch(instance).await?;
+        print(match (&mut screen, args.json) {
+            (_, true) => format!("{look}\n"),
+            (Some(screen), _) => screen.frame(&table::render(&read(look)?, layout())),
+            (None, _) => format!("{gap}{}", table::render(&read(look)?, layout())),
+        })?;
+        gap = "\n";
         tokio::time::sleep(args.interval).await;
     }
+}
+
+async fn signalled() -> std::io::Result<()> {
+    let mut ended = signal(SignalKind::terminate())?;
+    let mut hung_up = signal(SignalKind::hangup())?;
+    tokio::select! {
+        pressed = tokio::signal::ctrl_c() => return pressed,
+        _ = ended.recv() => {}
+        _ = hung_up.recv() => {}
+    }
+    Ok(())
 }
 
 /// What a running instance says, or what can be said of one that does not answer yet.
@@ -86,10 +109,10 @@ pub fn read(look: Value) -> Result<Status, Exit> {
     })
 }
 
-fn layout(screen: &Term) -> table::Layout {
-    let is_terminal = std::io::stdout().is_terminal();
+fn layout() -> table::Layout {
+    let screen = Term::stdout();
     table::Layout {
-        width: is_terminal.then(|| usize::from(screen.size().1)),
+        width: screen.is_term().then(|| usize::from(screen.size().1)),
         colour: console::colors_enabled(),
     }
 }

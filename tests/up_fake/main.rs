@@ -31,6 +31,7 @@ mod starting;
 mod store;
 #[path = "../support/mod.rs"]
 mod support;
+mod watch;
 
 use std::time::{Duration, Instant};
 
