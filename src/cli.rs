@@ -3,6 +3,7 @@
 
 mod client;
 mod completions;
+mod detach;
 mod doctor;
 mod exit;
 mod init;
@@ -29,7 +30,7 @@ pub use exit::Exit;
 
 use client::{converse, print};
 
-use crate::observe::{Console, LogFormat};
+use crate::observe::{self, Console, LogFormat};
 use crate::shutdown::{Shutdown, SignalListener};
 use crate::supervise::{GuardArgs, guard_main};
 use crate::topology::Topology;
@@ -46,8 +47,9 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Start everything that a topology describes and serve it until Ctrl-C.
-    Up(Target),
+    /// Start everything that a topology describes and serve it until Ctrl-C; or, with --detach, in the
+    /// background.
+    Up(detach::UpArgs),
     /// Install the runtime and fetch the model that a topology needs, and stop there.
     Prepare(Target),
     /// Show what `up` would run here, and start nothing: GPUs, cores, memory, command lines.
@@ -80,6 +82,9 @@ enum Command {
     /// The process between pegaflow and one node (internal).
     #[command(name = "__guard", hide = true)]
     Guard(GuardArgs),
+    /// What `up --detach` starts (internal).
+    #[command(name = detach::COMMAND, hide = true)]
+    Detached(Target),
     /// The process that `doctor` measures one GPU with (internal).
     #[command(name = "__probe-gpu", hide = true)]
     ProbeGpu(doctor::ProbeArgs),
@@ -98,8 +103,10 @@ struct Target {
 pub fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Guard(args) => guard_main(args),
-        Command::Up(target) => run(&target, up::up),
-        Command::Prepare(target) => run(&target, prepare::prepare),
+        Command::Up(args) if args.detach => detach::launch(&args),
+        Command::Up(args) => run(&args.target, here(&args.target), up::up),
+        Command::Detached(target) => run(&target, apart(&target), up::up),
+        Command::Prepare(target) => run(&target, here(&target), prepare::prepare),
         Command::Status(args) => ended(converse(status::status(args))),
         Command::Logs(args) => ended(converse(logs::logs(args))),
         Command::Restart(args) => ended(converse(orders::restart(args))),
@@ -145,11 +152,26 @@ impl Context {
     }
 }
 
-fn run<F>(target: &Target, command: impl FnOnce(Context) -> F) -> ExitCode
+/// A console at the terminal.
+fn here(target: &Target) -> anyhow::Result<Console> {
+    Ok(observe::init(target.log_format)?)
+}
+
+/// One of a process that nobody sees.
+fn apart(target: &Target) -> anyhow::Result<Console> {
+    let launcher = detach::leave()?;
+    Ok(observe::init_detached(target.log_format, launcher)?)
+}
+
+fn run<F>(
+    target: &Target,
+    console: anyhow::Result<Console>,
+    command: impl FnOnce(Context) -> F,
+) -> ExitCode
 where
     F: Future<Output = Result<(), Exit>>,
 {
-    let console = match crate::observe::init(target.log_format) {
+    let console = match console {
         Ok(console) => console,
         Err(error) => {
             // Nothing to log with yet.
@@ -161,7 +183,7 @@ where
     let code = match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(exit) => {
-            console.print(&format!("error: {exit}"));
+            console.error(&format!("error: {exit}"));
             exit.code()
         }
     };

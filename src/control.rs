@@ -48,6 +48,7 @@ use crate::fleet::{FleetSnapshot, FleetWatch};
 use crate::host::{GpuFigures, GpuWatch};
 use crate::shutdown::Shutdown;
 use crate::supervise::Orders;
+use crate::topology::OWN_LOG;
 use crate::traffic::Traffic;
 
 pub use logs::LogFeed;
@@ -56,9 +57,6 @@ pub use status::{About, Devices, NodeStatus, State, Status, rfc3339, seconds};
 
 /// How long a request that runs may still take when everything ends.
 const LAST_REQUESTS: Duration = Duration::from_secs(1);
-
-/// The name of pegaflow's own log, where it has one.
-pub const OWN_LOG: &str = "pegaflow";
 
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
@@ -203,8 +201,11 @@ impl Default for LogQuery {
 }
 
 async fn all_logs(Shared(api): Shared<Api>, Query(query): Query<LogQuery>) -> Response {
-    let nodes = node_names(&api);
-    send_logs(&api, nodes, &query).await
+    let mut names = node_names(&api);
+    if api.deps.about.has_own_log {
+        names.push(OWN_LOG.to_owned());
+    }
+    send_logs(&api, names, &query).await
 }
 
 async fn node_logs(

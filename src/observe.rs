@@ -7,15 +7,21 @@
 //! banner          ┘                                       else: plain lines; or JSON lines
 //! ```
 //!
+//! A detached pegaflow has a [`LogFile`] instead of stderr, and a [`link`] to whoever launched it.
+//!
 //! One thread owns the terminal, so lines do not tear, and a reader that has stopped reading slows
 //! nobody. A closed stderr loses the text and nothing else.
 
 mod console;
 mod gpus;
+mod link;
+mod log_file;
+mod shown;
 mod sink;
 mod tail;
 
 use std::io;
+use std::os::unix::net::UnixStream;
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
@@ -25,6 +31,9 @@ use tracing_subscriber::util::TryInitError;
 
 pub use console::{Console, ProgressHandle};
 pub use gpus::GpuCollector;
+pub use link::Word;
+pub use log_file::LogFile;
+pub use shown::Shown;
 pub use sink::Style;
 pub use tail::{Tail, logs_in};
 
@@ -56,10 +65,27 @@ pub enum ObserveError {
 
 /// Sets up logging for the whole process and returns the console that everything else prints to.
 pub fn init(format: LogFormat) -> Result<Console, ObserveError> {
+    let style = Style::of_stderr(format);
+    set_up(format, style, || Console::start(style))
+}
+
+/// [`init`] for a process that nobody sees; `launcher` hears of it until it is ready.
+pub fn init_detached(format: LogFormat, launcher: UnixStream) -> Result<Console, ObserveError> {
+    let style = match format {
+        LogFormat::Human => Style::Plain,
+        LogFormat::Json => Style::Json,
+    };
+    set_up(format, style, || Console::detached(launcher, style))
+}
+
+fn set_up(
+    format: LogFormat,
+    style: Style,
+    console: impl FnOnce() -> io::Result<Console>,
+) -> Result<Console, ObserveError> {
     use tracing_subscriber::util::SubscriberInitExt as _;
     let filter = filter(std::env::var(LOG_VARIABLE).ok().as_deref())?;
-    let style = Style::of_stderr(format);
-    let console = Console::start(style).map_err(ObserveError::Thread)?;
+    let console = console().map_err(ObserveError::Thread)?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(LogWriter(console.clone()));

@@ -41,6 +41,7 @@ pub use memory::{Capacity, HugepageRequest, NumaRequest};
 pub use problem::{Problem, ProblemKind, write_problems};
 pub use schema::schema;
 pub use source::{Place, Source};
+pub use validate::OWN_LOG;
 
 /// A file with all defaults filled in and no contradiction.
 #[derive(Debug, Clone, PartialEq)]

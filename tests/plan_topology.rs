@@ -320,6 +320,8 @@ fn names_are_unique_also_when_replicas_are_counted() {
     assert_one!(text, 7:8 "node[1].name", Kind::DuplicateName { name, .. } if name == "p");
     let text = unified("name = \"a\"\ncount = 2\n[[node]]\nname = \"a-1\"\nrole = \"unified\"\n");
     assert_one!(text, 8:8 "node[1].name", Kind::DuplicateName { name, .. } if name == "a-1");
+    let text = unified("name = \"pegaflow\"\n");
+    assert_one!(text, 5:8 "node[0].name", Kind::BadValue { found, .. } if found.contains("pegaflow"));
 }
 
 #[test]

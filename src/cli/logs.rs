@@ -8,9 +8,10 @@ use clap::Args;
 
 use super::Exit;
 use super::client::{Instance, Named, machine, name_of, note, print, segment};
-use crate::control::{LogFeed, OWN_LOG};
+use crate::control::LogFeed;
 use crate::instance;
 use crate::observe;
+use crate::topology::OWN_LOG;
 
 #[derive(Debug, Args)]
 pub struct LogsArgs {

@@ -12,6 +12,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Write as _;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -30,13 +31,14 @@ use crate::fleet::{FleetPublisher, FleetWatch, NodeId, NodeView};
 use crate::handoff::HandoffBoard;
 use crate::host::{self, GpuWatcher};
 use crate::instance::{Instance, InstanceError, InstanceInfo};
-use crate::observe::{Console, GpuCollector};
+use crate::observe::{Console, GpuCollector, LogFile};
 use crate::plan::{Device, Plan};
 use crate::router::{self, RouterDeps, RouterMetrics};
 use crate::shutdown::Shutdown;
 use crate::supervise::{
     self, CanaryPlan, LogSink, StoreSessions, SupervisorDeps, SupervisorMetrics,
 };
+use crate::topology::{OWN_LOG, Topology};
 use crate::traffic::Traffic;
 
 /// How long the engine's thread may take to end once its sessions are gone.
@@ -53,6 +55,7 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
         InstanceError::AlreadyRunning { .. } => Exit::Running(error.into()),
         _ => Exit::Machine(error.into()),
     })?;
+    let own_log = own_log(&cx, &topology, &instance)?;
     let listen = topology.router.listen;
     let listener = TcpListener::bind(listen).await.map_err(|error| {
         let what =
@@ -77,6 +80,7 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
         .unpack_shim()
         .map_err(|error| Exit::Machine(error.into()))?;
     cx.service.preparing();
+    cx.console.underway(instance.name(), &own_log);
     let Installed { runtime, model } =
         install(&cx, &topology, &shim, Some(instance.dir().to_owned())).await?;
     let plan = run.plan(&host, runtime.launcher, model)?;
@@ -89,6 +93,22 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
     let released = instance.release();
     outcome?;
     released.map_err(|error| Exit::failed("the run directory was not removed", error))
+}
+
+/// Where pegaflow's own log is, once it runs apart from any terminal.
+fn own_log(cx: &Context, topology: &Topology, instance: &Instance) -> Result<PathBuf, Exit> {
+    let path = instance.log_dir().join(format!("{OWN_LOG}.log"));
+    if cx.console.is_detached() {
+        let limits = &topology.supervisor;
+        let file = LogFile::new(path.clone(), limits.log_bytes, limits.log_files)
+            .with_stdio()
+            .map_err(|error| Exit::failed("cannot leave the terminal", error))?;
+        cx.console.log_to(file);
+        let version = env!("CARGO_PKG_VERSION");
+        let (pid, file) = (std::process::id(), topology.source.file().display());
+        tracing::info!("pegaflow {version}, pid {pid}, runs {file} in the background");
+    }
+    Ok(path)
 }
 
 /// Runs the plan until it is told to stop, and takes everything down again.
@@ -236,6 +256,7 @@ fn about(cx: &Context, plan: &Plan, instance: &Instance) -> About {
         model: plan.model.served_name.clone(),
         topology: std::path::absolute(file).unwrap_or_else(|_| file.clone()),
         logs: instance.log_dir().to_owned(),
+        has_own_log: cx.console.is_detached(),
         started: instance.started(),
         drain_timeout: plan.router.drain_timeout,
         devices: devices.collect::<BTreeMap<_, _>>(),
@@ -330,13 +351,15 @@ impl Drop for AbortOnDrop {
     }
 }
 
-/// The banner goes to stdout, for the person and for scripts that wait for it; all else is on stderr.
+/// The banner goes to stdout, for the person and for scripts that wait for it; all else is on stderr. A
+/// detached pegaflow has its log in place of both, and tells its launcher.
 fn announce(console: &Console, banner: &str) {
     console.flush();
     let mut stdout = std::io::stdout().lock();
     // A closed stdout is no reason to stop serving.
     let _ = writeln!(stdout, "\n{banner}");
     let _ = stdout.flush();
+    console.ready(banner);
 }
 
 /// The nodes' output on pegaflow's console.

@@ -18,6 +18,8 @@ pub struct About {
     pub model: String,
     pub topology: PathBuf,
     pub logs: PathBuf,
+    /// pegaflow writes one there, too.
+    pub has_own_log: bool,
     pub started: SystemTime,
     /// How long a restart waits for running requests.
     pub drain_timeout: Duration,

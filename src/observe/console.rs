@@ -1,20 +1,23 @@
 //! The console's handle: cheap to clone, never waits for the terminal.
 
 use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
+use super::link::{Link, Word};
+use super::log_file::LogFile;
+use super::shown::{Shown, printable};
 use super::sink::{Sink, Style};
 use crate::runtime::Progress;
 use crate::topology::Secrets;
 
 /// Lines that may wait for the terminal.
 const QUEUE: usize = 4096;
-/// A longer line is cut: one node must not fill the screen.
-const LINE_BYTES: usize = 4096;
 /// How long the end may wait for the terminal.
 const FLUSH: Duration = Duration::from_secs(1);
 /// The plain sink shows a job's newest status this often at most; also when nothing else comes.
@@ -22,45 +25,10 @@ const TICK: Duration = Duration::from_secs(1);
 
 /// What the writer thread does, in order.
 #[derive(Debug)]
-pub(super) enum Message {
-    /// Already formatted by tracing.
-    Formatted(String),
-    Text(String),
-    NodeLine {
-        node: String,
-        line: String,
-    },
-    Started {
-        job: u64,
-        name: String,
-    },
-    Status {
-        job: u64,
-        text: String,
-    },
-    Note {
-        job: u64,
-        text: String,
-    },
-    Finished {
-        job: u64,
-        text: String,
-    },
+enum Message {
+    Show(Shown),
+    LogTo(LogFile),
     Flush(SyncSender<()>),
-}
-
-impl Message {
-    fn text(&mut self) -> Option<&mut String> {
-        match self {
-            Self::Formatted(text)
-            | Self::Text(text)
-            | Self::NodeLine { line: text, .. }
-            | Self::Status { text, .. }
-            | Self::Note { text, .. }
-            | Self::Finished { text, .. } => Some(text),
-            Self::Started { .. } | Self::Flush(_) => None,
-        }
-    }
 }
 
 /// The one way to stderr.
@@ -75,20 +43,27 @@ struct Shared {
     dropped: Arc<AtomicU64>,
     jobs: AtomicU64,
     secrets: OnceLock<Secrets>,
+    /// Who launched this process, if it is detached.
+    link: Option<Link>,
 }
 
 impl Console {
     /// Starts the writer thread; it ends with the last handle.
     pub fn start(style: Style) -> io::Result<Self> {
-        Self::with_sink(Sink::stderr(style))
+        Self::with_sink(Sink::stderr(style), None)
+    }
+
+    /// The console of a process that nobody sees: to whoever launched it, and to [`Console::log_to`].
+    pub(super) fn detached(launcher: UnixStream, style: Style) -> io::Result<Self> {
+        Self::with_sink(Sink::log(style), Some(Link::start(launcher)?))
     }
 
     /// A console that writes to `out` in plain lines or JSON; for tests and files.
     pub fn to_writer(out: Box<dyn io::Write + Send>, style: Style) -> io::Result<Self> {
-        Self::with_sink(Sink::lines(out, style))
+        Self::with_sink(Sink::lines(out, style), None)
     }
 
-    fn with_sink(sink: Sink) -> io::Result<Self> {
+    fn with_sink(sink: Sink, link: Option<Link>) -> io::Result<Self> {
         let (queue, messages) = sync_channel(QUEUE);
         let dropped = Arc::new(AtomicU64::new(0));
         let counter = Arc::clone(&dropped);
@@ -103,6 +78,7 @@ impl Console {
                 dropped,
                 jobs: AtomicU64::new(0),
                 secrets: OnceLock::new(),
+                link,
             }),
         })
     }
@@ -114,7 +90,7 @@ impl Console {
 
     /// A line that a node wrote.
     pub fn node_line(&self, node: &str, line: &str) {
-        self.send(Message::NodeLine {
+        self.send(Shown::NodeLine {
             node: node.to_owned(),
             line: printable(line),
         });
@@ -122,18 +98,18 @@ impl Console {
 
     /// Text as it is, in one piece.
     pub fn print(&self, text: &str) {
-        self.send(Message::Text(text.trim_end_matches('\n').to_owned()));
+        self.send(Shown::Text(text.trim_end_matches('\n').to_owned()));
     }
 
     /// Text with an empty line around it, after everything that was printed before.
     pub fn banner(&self, text: &str) {
-        self.send(Message::Text(format!("\n{}\n", text.trim_matches('\n'))));
+        self.send(Shown::Text(format!("\n{}\n", text.trim_matches('\n'))));
     }
 
     /// Shows a long job until the handle is finished or dropped.
     pub fn progress(&self, name: &str) -> ProgressHandle {
         let job = self.shared.jobs.fetch_add(1, Ordering::Relaxed);
-        self.send(Message::Started {
+        self.send(Shown::Started {
             job,
             name: name.to_owned(),
         });
@@ -163,15 +139,66 @@ impl Console {
         written.recv_timeout(FLUSH).is_ok()
     }
 
-    pub(super) fn formatted(&self, text: &str) {
-        self.send(Message::Formatted(text.to_owned()));
+    /// A detached process writes what it shows into this file from now on.
+    pub fn log_to(&self, file: LogFile) {
+        let _ = self.shared.queue.try_send(Message::LogTo(file));
     }
 
-    fn send(&self, mut message: Message) {
-        if let (Some(secrets), Some(text)) = (self.shared.secrets.get(), message.text()) {
+    /// What another process shows.
+    pub fn relay(&self, shown: Shown) {
+        self.send(shown);
+    }
+
+    pub fn is_detached(&self) -> bool {
+        self.shared.link.is_some()
+    }
+
+    /// For whoever launched this process; for nobody, where a person did.
+    pub fn underway(&self, name: &str, log: &Path) {
+        if let Some(link) = &self.shared.link {
+            let (name, log) = (name.to_owned(), log.to_owned());
+            link.tell(Word::Underway { name, log });
+        }
+    }
+
+    /// The same; nothing more is told.
+    pub fn ready(&self, banner: &str) {
+        let banner = banner.to_owned();
+        self.end_link(Word::Ready { banner });
+    }
+
+    /// Why this process ends.
+    pub fn error(&self, text: &str) {
+        let mut error = text.to_owned();
+        if let Some(secrets) = self.shared.secrets.get() {
+            secrets.redact_in(&mut error);
+        }
+        self.enqueue(Shown::Text(error.clone()));
+        self.end_link(Word::Failed { error });
+    }
+
+    fn end_link(&self, word: Word) {
+        if let Some(link) = &self.shared.link {
+            link.end(word);
+        }
+    }
+
+    pub(super) fn formatted(&self, text: &str) {
+        self.send(Shown::Formatted(text.to_owned()));
+    }
+
+    fn send(&self, mut shown: Shown) {
+        if let (Some(secrets), Some(text)) = (self.shared.secrets.get(), shown.text()) {
             secrets.redact_in(text);
         }
-        if self.shared.queue.try_send(message).is_err() {
+        if let Some(link) = &self.shared.link {
+            link.tell(Word::Shown(shown.clone()));
+        }
+        self.enqueue(shown);
+    }
+
+    fn enqueue(&self, shown: Shown) {
+        if self.shared.queue.try_send(Message::Show(shown)).is_err() {
             self.shared.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -188,7 +215,7 @@ pub struct ProgressHandle {
 impl ProgressHandle {
     /// Replaces what the job shows.
     pub fn set_message(&self, text: &str) {
-        self.console.send(Message::Status {
+        self.console.send(Shown::Status {
             job: self.job,
             text: printable(text),
         });
@@ -202,7 +229,7 @@ impl ProgressHandle {
     fn end(&mut self, text: &str) {
         if !self.finished {
             self.finished = true;
-            self.console.send(Message::Finished {
+            self.console.send(Shown::Finished {
                 job: self.job,
                 text: printable(text),
             });
@@ -222,7 +249,7 @@ impl Progress for ProgressHandle {
     }
 
     fn note(&self, text: &str) {
-        self.console.send(Message::Note {
+        self.console.send(Shown::Note {
             job: self.job,
             text: printable(text),
         });
@@ -236,40 +263,16 @@ fn write_all(mut sink: Sink, messages: &Receiver<Message>, dropped: &AtomicU64) 
                 sink.flush();
                 let _ = done.send(());
             }
-            Ok(message) => sink.write(message),
+            Ok(Message::Show(shown)) => sink.write(shown),
+            Ok(Message::LogTo(file)) => sink.log_to(file),
             Err(RecvTimeoutError::Timeout) => sink.tick(),
             Err(RecvTimeoutError::Disconnected) => return,
         }
         let lost = dropped.swap(0, Ordering::Relaxed);
         if lost > 0 {
-            sink.write(Message::Text(format!(
-                "({lost} console lines were dropped)"
-            )));
+            sink.write(Shown::Text(format!("({lost} console lines were dropped)")));
         }
     }
-}
-
-/// One line without what would move the cursor: escape sequences and control characters.
-pub(super) fn printable(line: &str) -> String {
-    let mut out = String::new();
-    let mut chars = line.chars();
-    while let Some(c) = chars.next() {
-        if out.len() >= LINE_BYTES {
-            out.push('…');
-            break;
-        }
-        match c {
-            '\t' => out.push(c),
-            '\u{1b}' => {
-                if chars.next() == Some('[') {
-                    chars.find(|c| ('@'..='~').contains(c));
-                }
-            }
-            c if c.is_control() => {}
-            c => out.push(c),
-        }
-    }
-    out
 }
 
 #[cfg(test)]
@@ -382,12 +385,5 @@ mod tests {
         assert!(started.elapsed() < Duration::from_secs(20));
         assert!(console.shared.dropped.load(Ordering::Relaxed) > 0);
         drop(release);
-    }
-
-    #[test]
-    fn what_moves_the_cursor_is_removed() {
-        assert_eq!(printable("a\u{1b}[2Kb\u{1b}[1;31mc\u{7}\td\n"), "abc\td");
-        assert_eq!(printable("\u{1b}"), "");
-        assert!(printable(&"x".repeat(10_000)).len() <= LINE_BYTES + '…'.len_utf8());
     }
 }

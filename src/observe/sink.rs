@@ -8,7 +8,8 @@ use std::time::{Duration, Instant, SystemTime};
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::LogFormat;
-use super::console::Message;
+use super::log_file::LogFile;
+use super::shown::Shown;
 
 /// Between two lines about one job where there are no live bars.
 const STATUS_INTERVAL: Duration = Duration::from_secs(5);
@@ -54,6 +55,8 @@ pub(super) struct Sink {
 enum Out {
     Bars(MultiProgress),
     Lines(Box<dyn Write + Send>),
+    /// Of a detached process; `None` before it has its place.
+    Log(Option<LogFile>),
 }
 
 struct Job {
@@ -76,6 +79,22 @@ impl Sink {
         }
     }
 
+    /// Shows nothing until [`Sink::log_to`].
+    pub(super) fn log(style: Style) -> Self {
+        Self {
+            out: Out::Log(None),
+            style,
+            jobs: HashMap::new(),
+        }
+    }
+
+    /// Only for a sink that is a log.
+    pub(super) fn log_to(&mut self, file: LogFile) {
+        if let Out::Log(log) = &mut self.out {
+            *log = Some(file);
+        }
+    }
+
     pub(super) fn lines(out: Box<dyn Write + Send>, style: Style) -> Self {
         Self {
             out: Out::Lines(out),
@@ -84,15 +103,17 @@ impl Sink {
         }
     }
 
-    pub(super) fn write(&mut self, message: Message) {
-        match message {
-            Message::Formatted(text) => self.line(&text),
-            Message::Text(text) => self.object(None, &text),
-            Message::NodeLine { node, line } => self.object(Some(("node", &node)), &line),
-            Message::Started { job, name } => self.started(job, name),
-            Message::Status { job, text } => self.status(job, text),
-            Message::Note { job, text } => self.about(job, &text),
-            Message::Finished { job, text } => {
+    pub(super) fn write(&mut self, shown: Shown) {
+        match shown {
+            Shown::Formatted(text) => self.line(&text),
+            Shown::Text(text) => self.object(None, &text),
+            // The nodes have logs of their own.
+            Shown::NodeLine { .. } if matches!(self.out, Out::Log(_)) => {}
+            Shown::NodeLine { node, line } => self.object(Some(("node", &node)), &line),
+            Shown::Started { job, name } => self.started(job, name),
+            Shown::Status { job, text } => self.status(job, text),
+            Shown::Note { job, text } => self.about(job, &text),
+            Shown::Finished { job, text } => {
                 if !text.is_empty() {
                     self.about(job, &text);
                 }
@@ -100,8 +121,6 @@ impl Sink {
                     bar.finish_and_clear();
                 }
             }
-            // The writer thread answers these.
-            Message::Flush(_) => {}
         }
     }
 
@@ -143,7 +162,7 @@ impl Sink {
                 bar.enable_steady_tick(REDRAW);
                 Some(bar)
             }
-            Out::Lines(_) => None,
+            Out::Lines(_) | Out::Log(_) => None,
         };
         let job = Job {
             name,
@@ -191,6 +210,11 @@ impl Sink {
             }
             Out::Lines(out) => {
                 let _ = out.write_all(format!("{text}\n").as_bytes());
+            }
+            Out::Log(log) => {
+                if let Some(log) = log {
+                    log.write_line(text);
+                }
             }
         }
     }

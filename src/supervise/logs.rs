@@ -3,8 +3,6 @@
 //! One blocking thread per incarnation, so that a slow disk stops nobody but itself. It reads
 //! until the incarnation is over, not until end of file: a grandchild may hold the pipe for ever.
 
-mod file;
-
 use std::collections::VecDeque;
 use std::io::{self, PipeReader, PipeWriter, Read};
 use std::os::fd::AsFd;
@@ -17,9 +15,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::task::JoinHandle;
 
 use crate::fleet::NodeId;
+use crate::observe::LogFile;
 use crate::topology::Secrets;
-
-use file::LogFile;
 
 const MAX_LINE: usize = 64 * 1024;
 const TAIL_LINES: usize = 50;
@@ -176,7 +173,7 @@ impl Pump {
         let line = text.trim_end_matches('\r').rsplit('\r').next();
         let line = self.target.secrets.redact(line.unwrap_or_default());
         let line = line.as_ref();
-        self.file.write_line(&self.target.node, line);
+        self.file.write_line(line);
         self.target.console.line(&self.target.node, line);
         let short: String = line.chars().take(TAIL_LINE).collect();
         let mut tail = self

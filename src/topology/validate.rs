@@ -9,6 +9,9 @@ use super::problem::{Findings, ProblemKind};
 use super::{Capacity, CpuRequest, Device, GpuRequest, NodeSettings, Topology};
 use crate::fleet::Role;
 
+/// The name of pegaflow's own log, where it has one: it lies beside its nodes'.
+pub const OWN_LOG: &str = "pegaflow";
+
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
@@ -105,6 +108,11 @@ fn names(topology: &Topology, at: &At, node: &NodeSettings, findings: &mut Findi
     if !is_name(&node.name, 40) {
         let found = format!("the name {:?}", node.name);
         findings.add(&key, bad(found, "1 to 40 of a-z, 0-9 and -"));
+        return;
+    }
+    if let Some(name) = node.ids().find(|id| id.as_str() == OWN_LOG) {
+        let found = format!("the name {:?}", name.as_str());
+        findings.add(&key, bad(found, "another; pegaflow's own log has this one"));
         return;
     }
     for (index, other) in topology.nodes.iter().enumerate().take(at.0) {

@@ -119,7 +119,12 @@ impl Site {
 
     /// Starts `WRAPPER pegaflow up topology.toml`; does not wait.
     pub fn up_under(&self, wrapper: &[&str]) -> Pegaflow<'_> {
-        let inner = self.command(&["up", "topology.toml"]);
+        self.start(self.command_under(wrapper, &["up", "topology.toml"]))
+    }
+
+    /// `WRAPPER pegaflow ARGS` in this site's environment.
+    pub fn command_under(&self, wrapper: &[&str], args: &[&str]) -> Command {
+        let inner = self.command(args);
         let mut command = Command::new(wrapper[0]);
         command
             .args(&wrapper[1..])
@@ -132,10 +137,11 @@ impl Site {
                     .filter_map(|(name, value)| Some((name, value?))),
             )
             .stdin(Stdio::null());
-        self.start(command)
+        command
     }
 
-    fn start(&self, mut command: Command) -> Pegaflow<'_> {
+    /// Starts it with its output in a file; does not wait.
+    pub fn start(&self, mut command: Command) -> Pegaflow<'_> {
         let run = {
             let mut runs = self.runs.borrow_mut();
             *runs += 1;

@@ -10,6 +10,7 @@
 mod census;
 mod commands;
 mod cycles;
+mod detach;
 mod ending;
 #[path = "../fake_nvml/mod.rs"]
 mod fake_nvml;

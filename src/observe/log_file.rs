@@ -5,16 +5,18 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
-use crate::fleet::NodeId;
+use nix::unistd::{dup2_stderr, dup2_stdout};
 
-/// `<node>.log`, with `<node>.log.1` (newest) to `.N` beside it. Survives a full disk: lines that cannot
-/// be written are dropped, because a child must never wait for its log.
+/// `x.log`, with `x.log.1` (newest) to `.N` beside it. Survives a full disk: lines that cannot be
+/// written are dropped, because nobody must ever wait for a log.
+#[derive(Debug)]
 pub struct LogFile {
     path: PathBuf,
     max_bytes: u64,
     /// Old files that are kept.
     keep: u32,
-    open: Option<(File, u64)>,
+    open: Option<File>,
+    takes_stdio: bool,
     complained: bool,
 }
 
@@ -25,11 +27,25 @@ impl LogFile {
             max_bytes,
             keep,
             open: None,
+            takes_stdio: false,
             complained: false,
         }
     }
 
-    pub fn write_line(&mut self, node: &NodeId, line: &str) {
+    /// Standard output and error of this process go there too: panics, and what a library prints. They
+    /// leave where they went at once, and follow each rotation; in between they go nowhere.
+    pub fn with_stdio(self) -> io::Result<Self> {
+        let null = File::options().write(true).open("/dev/null")?;
+        dup2_stdout(&null)?;
+        dup2_stderr(&null)?;
+        Ok(Self {
+            takes_stdio: true,
+            ..self
+        })
+    }
+
+    /// Complains when lines begin to be lost, once.
+    pub fn write_line(&mut self, line: &str) {
         match self.try_write(line) {
             Ok(()) => self.complained = false,
             Err(error) => {
@@ -37,33 +53,36 @@ impl LogFile {
                 if !self.complained {
                     self.complained = true;
                     let path = self.path.display();
-                    tracing::warn!("node {node}: lines are lost, cannot write {path}: {error}");
+                    tracing::warn!("lines are lost, cannot write {path}: {error}");
                 }
             }
         }
     }
 
     fn try_write(&mut self, line: &str) -> io::Result<()> {
-        let (mut file, size) = match self.open.take() {
+        let mut file = match self.open.take() {
             Some(open) => open,
             None => self.open()?,
         };
         file.write_all(format!("{line}\n").as_bytes())?;
-        let size = size.saturating_add(u64::try_from(line.len()).unwrap_or(0) + 1);
-        if size < self.max_bytes {
-            self.open = Some((file, size));
+        // Not counted along: standard output and error are others' to write to.
+        if file.metadata()?.len() < self.max_bytes {
+            self.open = Some(file);
             return Ok(());
         }
         drop(file);
         self.rotate()
     }
 
-    fn open(&self) -> io::Result<(File, u64)> {
+    fn open(&self) -> io::Result<File> {
         let mut options = OpenOptions::new();
         options.create(true).append(true).mode(0o600);
         let file = options.open(&self.path)?;
-        let size = file.metadata()?.len();
-        Ok((file, size))
+        if self.takes_stdio {
+            dup2_stdout(&file)?;
+            dup2_stderr(&file)?;
+        }
+        Ok(file)
     }
 
     fn rotate(&self) -> io::Result<()> {
@@ -107,7 +126,7 @@ mod tests {
         }
         let mut log = LogFile::new(path.clone(), 100, 3);
         for number in 0..200 {
-            log.write_line(&"n".into(), &format!("line {number:04}"));
+            log.write_line(&format!("line {number:04}"));
         }
         let mut names: Vec<_> = fs::read_dir(dir.path())
             .unwrap()
@@ -129,9 +148,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let missing = dir.path().join("later");
         let mut log = LogFile::new(missing.join("n.log"), 100, 3);
-        log.write_line(&"n".into(), "lost");
+        log.write_line("lost");
         fs::create_dir(&missing).unwrap();
-        log.write_line(&"n".into(), "kept");
+        log.write_line("kept");
         let text = fs::read_to_string(missing.join("n.log")).unwrap();
         assert_eq!(text, "kept\n");
     }
