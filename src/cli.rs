@@ -14,6 +14,7 @@ mod orders;
 mod plan;
 mod prepare;
 mod ready;
+mod router;
 mod service;
 mod status;
 mod stop;
@@ -50,6 +51,8 @@ enum Command {
     /// Start everything that a topology describes and serve it until Ctrl-C; or, with --detach, in the
     /// background.
     Up(detach::UpArgs),
+    /// Serve one endpoint in front of vLLM nodes that others started, and start none.
+    Router(router::RouterArgs),
     /// Install the runtime and fetch the model that a topology needs, and stop there.
     Prepare(Target),
     /// Show what `up` would run here, and start nothing: GPUs, cores, memory, command lines.
@@ -104,9 +107,13 @@ pub fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Guard(args) => guard_main(args),
         Command::Up(args) if args.detach => detach::launch(&args),
-        Command::Up(args) => run(&args.target, here(&args.target), up::up),
+        Command::Up(args) => run(&args.target, here(args.target.log_format), up::up),
         Command::Detached(target) => run(&target, apart(&target), up::up),
-        Command::Prepare(target) => run(&target, here(&target), prepare::prepare),
+        Command::Router(args) => {
+            let format = args.log_format;
+            seated(here(format), |seat| router::router(seat, args))
+        }
+        Command::Prepare(target) => run(&target, here(target.log_format), prepare::prepare),
         Command::Status(args) => ended(converse(status::status(args))),
         Command::Logs(args) => ended(converse(logs::logs(args))),
         Command::Restart(args) => ended(converse(orders::restart(args))),
@@ -135,7 +142,14 @@ fn ended(outcome: Result<(), Exit>) -> ExitCode {
     }
 }
 
-/// What a command has at hand.
+/// What a command that goes on for a while has at hand.
+struct Seat {
+    console: Console,
+    shutdown: Shutdown,
+    service: Arc<Service>,
+}
+
+/// The same, and a topology.
 struct Context {
     topology: TopologyArgs,
     console: Console,
@@ -153,8 +167,8 @@ impl Context {
 }
 
 /// A console at the terminal.
-fn here(target: &Target) -> anyhow::Result<Console> {
-    Ok(observe::init(target.log_format)?)
+fn here(format: LogFormat) -> anyhow::Result<Console> {
+    Ok(observe::init(format)?)
 }
 
 /// One of a process that nobody sees.
@@ -171,6 +185,20 @@ fn run<F>(
 where
     F: Future<Output = Result<(), Exit>>,
 {
+    seated(console, |seat| {
+        command(Context {
+            topology: target.topology.clone(),
+            console: seat.console,
+            shutdown: seat.shutdown,
+            service: seat.service,
+        })
+    })
+}
+
+fn seated<F>(console: anyhow::Result<Console>, command: impl FnOnce(Seat) -> F) -> ExitCode
+where
+    F: Future<Output = Result<(), Exit>>,
+{
     let console = match console {
         Ok(console) => console,
         Err(error) => {
@@ -179,7 +207,7 @@ where
             return ExitCode::FAILURE;
         }
     };
-    let outcome = start(target, &console, command);
+    let outcome = start(&console, command);
     let code = match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(exit) => {
@@ -191,11 +219,7 @@ where
     code
 }
 
-fn start<F>(
-    target: &Target,
-    console: &Console,
-    command: impl FnOnce(Context) -> F,
-) -> Result<(), Exit>
+fn start<F>(console: &Console, command: impl FnOnce(Seat) -> F) -> Result<(), Exit>
 where
     F: Future<Output = Result<(), Exit>>,
 {
@@ -206,13 +230,12 @@ where
         .enable_all()
         .build()
         .map_err(|error| Exit::failed("cannot start the async runtime", error))?;
-    let context = Context {
-        topology: target.topology.clone(),
+    let seat = Seat {
         console: console.clone(),
         shutdown,
         service: Arc::new(Service::from_env()),
     };
-    let outcome = runtime.block_on(command(context));
+    let outcome = runtime.block_on(command(seat));
     // Whatever still runs lost its owner: do not wait for it.
     runtime.shutdown_background();
     outcome

@@ -12,6 +12,8 @@
 //!                                   └──────▶ Failed    (a reason that a retry cannot mend)
 //! Ready, Unreachable ─▶ Draining ─▶ Ready, or Stopping ─▶ Pending      (a person's drain, or restart)
 //! any ─▶ Stopping ─▶ Stopped
+//!
+//! A node that others started:  Pending ─▶ Ready ◀─▶ Unreachable, Down
 //! ```
 
 use std::collections::BTreeMap;
@@ -88,6 +90,8 @@ pub enum Phase {
     Ready,
     /// Ready, but the last health probe got no answer.
     Unreachable,
+    /// Started by others, and it is not there, or says that it cannot serve.
+    Down,
     /// Ready, but a person has asked for a drain or a restart: finishes what it has.
     Draining,
     /// Died; is started again after the delay.
@@ -117,6 +121,7 @@ impl Phase {
             Self::Verifying => "verifying",
             Self::Ready => "ready",
             Self::Unreachable => "unreachable",
+            Self::Down => "down",
             Self::Draining => "draining",
             Self::Backoff { .. } => "backoff",
             Self::CrashLoop => "crash_loop",
@@ -142,6 +147,8 @@ pub enum KvTrust {
     Unproven,
     /// The canary compared loaded with computed KV and found them equal.
     Proven,
+    /// Others started the node and say that it takes part; no canary runs there.
+    Assumed,
     /// The canary found a difference, or nothing was loaded.
     Refused(String),
 }
@@ -170,6 +177,9 @@ pub struct NodeView {
     pub reason: Option<String>,
     /// When the phase was entered.
     pub since: SystemTime,
+    /// What it says that it serves; empty for the nodes of a topology, which says it.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub models: Arc<[String]>,
 }
 
 impl NodeView {
@@ -193,7 +203,17 @@ impl NodeView {
             restarts: 0,
             reason: None,
             since: SystemTime::now(),
+            models: [].into(),
         }
+    }
+
+    /// A node that others started, before the first look at it.
+    pub fn external(id: NodeId, role: Role, addr: SocketAddr) -> Self {
+        let mut node = Self::pending(id, role, addr);
+        if node.trust == KvTrust::Unproven {
+            node.trust = KvTrust::Assumed;
+        }
+        node
     }
 
     pub fn in_pool(self, pool: &str) -> Self {
@@ -232,7 +252,7 @@ impl NodeView {
 
     /// May take part in a hand-off.
     pub fn can_hand_off(&self) -> bool {
-        self.is_ready() && self.trust == KvTrust::Proven
+        self.is_ready() && matches!(self.trust, KvTrust::Proven | KvTrust::Assumed)
     }
 }
 
@@ -346,66 +366,4 @@ impl FleetPublisher {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn fleet() -> FleetPublisher {
-        let addr = SocketAddr::from(([127, 0, 0, 1], 1));
-        FleetPublisher::new([
-            NodeView::pending("p".into(), Role::Prefill, addr),
-            NodeView::pending("d".into(), Role::Decode, addr),
-        ])
-    }
-
-    #[test]
-    fn splitting_needs_both_roles_ready_and_proven() {
-        let fleet = fleet();
-        for id in ["p", "d"] {
-            fleet.update(&id.into(), |node| node.phase = Phase::Ready);
-        }
-        assert!(!fleet.snapshot().can_split());
-        fleet.update(&"p".into(), |node| node.trust = KvTrust::Proven);
-        assert!(!fleet.snapshot().can_split());
-        fleet.update(&"d".into(), |node| node.trust = KvTrust::Proven);
-        assert!(fleet.snapshot().can_split());
-        fleet.update(&"d".into(), |node| node.phase = Phase::Unreachable);
-        assert!(!fleet.snapshot().can_split());
-        fleet.update(&"d".into(), |node| node.phase = Phase::Ready);
-        assert!(fleet.snapshot().can_split());
-        fleet.update(&"d".into(), |node| node.pool = "other".into());
-        assert!(
-            !fleet.snapshot().can_split(),
-            "no KV goes from pool to pool"
-        );
-    }
-
-    #[tokio::test]
-    async fn readers_are_woken_and_unknown_nodes_are_ignored() {
-        let fleet = fleet();
-        let mut watch = fleet.watch();
-        fleet.update(&"nobody".into(), |node| node.phase = Phase::Ready);
-        assert!(!watch.has_changed().unwrap());
-        fleet.update(&"p".into(), |node| node.incarnation = 1);
-        watch.changed().await.unwrap();
-        assert_eq!(watch.borrow().node(&"p".into()).unwrap().incarnation, 1);
-    }
-
-    #[test]
-    fn an_absent_node_says_why_and_when_it_is_tried_again() {
-        let mut node = fleet().snapshot().node(&"p".into()).unwrap().clone();
-        assert_eq!(node.absence(node.since), "p: pending");
-        node.reason = Some("killed by SIGSEGV".to_owned());
-        let delay = Duration::from_secs(20);
-        node.phase = Phase::Backoff { delay };
-        let expected = "p: backoff (killed by SIGSEGV), next try in 20 s";
-        assert_eq!(node.absence(node.since), expected);
-        assert!(node.absence(node.since + delay * 2).ends_with("again now"));
-    }
-
-    #[test]
-    fn a_snapshot_serializes_flat() {
-        let json = serde_json::to_value(&*fleet().snapshot()).unwrap();
-        assert_eq!(json["nodes"]["p"]["phase"], "pending");
-        assert_eq!(json["nodes"]["p"]["kv"], "unproven");
-    }
-}
+mod tests;

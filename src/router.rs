@@ -16,7 +16,7 @@
 //! - A request is one future: when the client goes away hyper drops it, and with it both legs, the
 //!   hand-off's ticket, the node's count and the place. Nothing has to be cleaned up by hand.
 //! - Decode is dispatched when the engine says that the KV is complete ([`HandoffBoard`]), not when
-//!   the prefill node has answered.
+//!   the prefill node has answered. Where there is no engine, see [`KvReady`].
 //! - The router changes no state but its own; nodes come and go in the [`FleetWatch`].
 
 mod admission;
@@ -56,16 +56,28 @@ pub use metrics::RouterMetrics;
 #[derive(Debug, Clone)]
 pub struct RouterDeps {
     pub plan: RouterPlan,
-    /// What clients write in `model`.
-    pub served_model: String,
+    /// What clients write in `model`; `None`: what the nodes say that they serve.
+    pub served_model: Option<String>,
     pub fleet: FleetWatch,
     pub board: HandoffBoard,
     pub traffic: Traffic,
+    /// For prefill nodes that others started.
+    pub kv_ready: KvReady,
     pub metrics: RouterMetrics,
     /// What `GET /metrics` prints.
     pub registry: Arc<Registry>,
     /// Where the accept loop shows that it makes progress.
     pub vitals: Vitals,
+}
+
+/// What says that a prompt's KV is complete, where a prefill node is not known to speak with the engine:
+/// one that others started. Of a node that the canary has proven, the engine always says it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvReady {
+    /// Its HTTP reply: its connector saves, or holds, the KV before it answers. A hand-off that the
+    /// engine opened all the same is waited for.
+    #[default]
+    Reply,
 }
 
 /// Serves until `shutdown.graceful()`, then lets running requests finish for
@@ -88,7 +100,8 @@ pub async fn serve(
 /// What all requests share.
 struct Context {
     plan: RouterPlan,
-    served_model: String,
+    served_model: Option<String>,
+    kv_ready: KvReady,
     fleet: FleetWatch,
     board: HandoffBoard,
     metrics: RouterMetrics,
@@ -117,6 +130,7 @@ impl Context {
             started: since.map_or(0, |since| since.as_secs()),
             plan: deps.plan,
             served_model: deps.served_model,
+            kv_ready: deps.kv_ready,
             fleet: deps.fleet,
             board: deps.board,
             traffic: deps.traffic,

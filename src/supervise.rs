@@ -11,6 +11,7 @@
 //!
 //! - [`state`](self) (drawn in `state.rs`): what happens next, as a pure function.
 //! - `liveness.rs`: whether a node still works, out of its figures and one token now and then.
+//! - `external.rs`: nodes that others started; no machine, no guard.
 //! - `gate.rs`: what must be free again before the next incarnation is spawned.
 //! - `guard.rs`: the process that promises that nothing of a node is left, whoever dies.
 //! - `sweep.rs`: does the same if the guard itself was killed; and reaps, as a container's first process.
@@ -33,6 +34,7 @@
 mod backoff;
 mod canary;
 mod child;
+mod external;
 mod gate;
 mod guard;
 mod liveness;
@@ -67,6 +69,7 @@ use crate::shutdown::Shutdown;
 use crate::topology::Secrets;
 use crate::traffic::Traffic;
 
+pub use external::{ExternalDeps, ExternalNode, watch_external};
 pub use gate::StoreSessions;
 pub use guard::{GuardArgs, guard_main};
 pub use logs::LogSink;

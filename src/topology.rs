@@ -31,6 +31,7 @@ mod read;
 mod schema;
 mod section;
 mod source;
+mod url;
 mod validate;
 mod value;
 
@@ -41,6 +42,7 @@ pub use memory::{Capacity, HugepageRequest, NumaRequest};
 pub use problem::{Problem, ProblemKind, write_problems};
 pub use schema::schema;
 pub use source::{Place, Source};
+pub use url::{NodeUrl, UrlError};
 pub use validate::OWN_LOG;
 
 /// A file with all defaults filled in and no contradiction.
@@ -167,6 +169,24 @@ pub struct RouterSettings {
     pub queue_timeout: Duration,
     /// After the stop signal, how long running requests may finish.
     pub drain_timeout: Duration,
+}
+
+impl Default for RouterSettings {
+    fn default() -> Self {
+        let seconds = Duration::from_secs;
+        Self {
+            listen: ([127, 0, 0, 1], 8000).into(),
+            connect_timeout: seconds(5),
+            first_byte_timeout: seconds(600),
+            chunk_timeout: seconds(120),
+            handoff_timeout: seconds(60),
+            max_body: 64 << 20,
+            max_in_flight: 1024,
+            max_queue: 1024,
+            queue_timeout: seconds(60),
+            drain_timeout: seconds(30),
+        }
+    }
 }
 
 /// `[supervisor]`.

@@ -27,6 +27,8 @@ struct Shared {
     loads: Mutex<Loads>,
     /// Some closed node has become idle.
     idle: Notify,
+    /// Some node has refused a connection.
+    suspected: Notify,
 }
 
 /// Of every node that was ever chosen or closed; as many as the topology has.
@@ -42,6 +44,7 @@ struct Load {
     /// When it was chosen last, in choices.
     turn: u64,
     closed: bool,
+    suspect: bool,
 }
 
 /// One request at one node; counted until this is dropped.
@@ -99,6 +102,26 @@ impl Traffic {
                 return;
             }
             idle.await;
+        }
+    }
+
+    /// The node has refused a connection: whoever watches it should look now.
+    pub fn suspect(&self, node: &NodeId) {
+        self.lock().nodes.entry(node.clone()).or_default().suspect = true;
+        self.shared.suspected.notify_waiters();
+    }
+
+    /// Waits until the node is suspected, and takes that back. Cancel-safe.
+    pub async fn suspected(&self, node: &NodeId) {
+        loop {
+            let mut suspected = std::pin::pin!(self.shared.suspected.notified());
+            suspected.as_mut().enable();
+            if let Some(load) = self.lock().nodes.get_mut(node)
+                && std::mem::take(&mut load.suspect)
+            {
+                return;
+            }
+            suspected.await;
         }
     }
 
@@ -211,6 +234,21 @@ mod tests {
         waiting.await.unwrap();
         traffic.open(&a);
         assert_eq!(choose(&traffic, &nodes[..1]).0, a);
+    }
+
+    #[tokio::test]
+    async fn a_suspicion_is_seen_once_by_the_node_s_own_watcher() {
+        let (traffic, nodes) = (Traffic::default(), nodes(&["a", "b"]));
+        let [a, b] = [&nodes[0].id, &nodes[1].id];
+        traffic.suspect(a);
+        let soon = std::time::Duration::from_secs(60);
+        tokio::time::timeout(soon, traffic.suspected(a))
+            .await
+            .unwrap();
+        for id in [a, b] {
+            let again = futures_util::FutureExt::now_or_never(traffic.suspected(id));
+            assert!(again.is_none());
+        }
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub fn judge(fleet: &FleetSnapshot) -> Start {
         .filter_map(|node| {
             let reason = node.reason.as_deref().unwrap_or("no reason known");
             match (&node.phase, &node.trust) {
-                (Phase::Ready, KvTrust::None | KvTrust::Proven) => None,
+                (Phase::Ready, KvTrust::None | KvTrust::Proven | KvTrust::Assumed) => None,
                 (Phase::Ready, KvTrust::Unproven) => Some(format!(
                     "{}: serves whole requests only, no partner to hand off with",
                     node.id

@@ -33,7 +33,7 @@ use crate::host::{self, GpuWatcher};
 use crate::instance::{Instance, InstanceError, InstanceInfo};
 use crate::observe::{Console, GpuCollector, LogFile};
 use crate::plan::{Device, Plan};
-use crate::router::{self, RouterDeps, RouterMetrics};
+use crate::router::{self, KvReady, RouterDeps, RouterMetrics};
 use crate::shutdown::Shutdown;
 use crate::supervise::{
     self, CanaryPlan, LogSink, StoreSessions, SupervisorDeps, SupervisorMetrics,
@@ -177,10 +177,11 @@ async fn serve(
     };
     let router = RouterDeps {
         plan: plan.router.clone(),
-        served_model: plan.model.served_name.clone(),
+        served_model: Some(plan.model.served_name.clone()),
         fleet: fleet.watch(),
         board,
         traffic,
+        kv_ready: KvReady::default(),
         metrics,
         registry: Arc::new(registry),
         vitals: cx.service.vitals.clone(),

@@ -137,6 +137,7 @@ impl NodeStatus {
             KvTrust::None => ("none", None),
             KvTrust::Unproven => ("unproven", None),
             KvTrust::Proven => ("proven", None),
+            KvTrust::Assumed => ("assumed", None),
             KvTrust::Refused(why) => ("refused", Some(why.clone())),
         };
         Self {

@@ -125,7 +125,7 @@ pub(super) fn retry_after(fleet: &FleetSnapshot) -> u64 {
     let now = SystemTime::now();
     let until = |node: &NodeView| match node.phase {
         Phase::Ready | Phase::Unreachable | Phase::Verifying => Some(1),
-        Phase::Pending | Phase::Starting | Phase::WarmingUp | Phase::Draining => {
+        Phase::Pending | Phase::Starting | Phase::WarmingUp | Phase::Draining | Phase::Down => {
             Some(RETRY_AFTER_START)
         }
         Phase::Backoff { delay } => {

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use crate::fleet::{NodeId, NodeView, Role};
+use crate::fleet::{KvTrust, NodeId, NodeView, Role};
 use crate::traffic::{Passage, Traffic};
 
 /// A chosen node; counted as in flight until this is dropped.
@@ -13,8 +13,10 @@ pub(super) struct Pick {
     pub(super) pool: Arc<str>,
     pub(super) addr: SocketAddr,
     pub(super) incarnation: u64,
-    /// Its KV was proven: it may take part in a hand-off.
+    /// Its KV was proven, or is vouched for: it may take part in a hand-off.
     pub(super) can_hand_off: bool,
+    /// Others started it.
+    pub(super) is_external: bool,
     passage: Passage,
 }
 
@@ -35,6 +37,7 @@ pub(super) fn pick<'a>(
         addr: node.addr,
         incarnation: node.incarnation,
         can_hand_off: node.can_hand_off(),
+        is_external: node.trust == KvTrust::Assumed,
         passage,
     })
 }

@@ -117,7 +117,7 @@ pub(super) async fn deliver(
             phase = legs::lost(cx.fleet.clone(), &pick, SILENCE) => LegError::NodeLost { phase },
         };
         tracing::warn!(node = %pick.node(), id = call.caller.id, %error, "a leg failed before its first byte");
-        choice.failed(&pick, error);
+        choice.failed(cx, &pick, error);
     }
 }
 
@@ -133,9 +133,11 @@ fn suffix(attempts: usize) -> &'static str {
 
 /// Only decode nodes look for the hand-off, and only those whose loading was proven may.
 fn body_for(pick: &Pick, call: &Call<'_>, task: &Task<'_>) -> Bytes {
-    match task.handoff() {
-        Some(handoff) if task.suits(pick.role, &pick.pool) && pick.can_hand_off => {
-            split::decode_body(call.fields, handoff)
+    match (task, task.handoff()) {
+        (Task::Decode(prefilled), Some(handoff))
+            if task.suits(pick.role, &pick.pool) && pick.can_hand_off =>
+        {
+            split::decode_body(call.fields, handoff, prefilled.params.as_deref())
         }
         _ => split::whole_body(call.fields, call.original),
     }
@@ -234,8 +236,11 @@ impl Choice {
         self.dying.map(|until| until.min(patient))
     }
 
-    fn failed(&mut self, pick: &Pick, error: LegError) {
+    fn failed(&mut self, cx: &Context, pick: &Pick, error: LegError) {
         self.attempts += 1;
+        if matches!(error, LegError::Connect(_)) {
+            cx.traffic.suspect(pick.node());
+        }
         let forgivable = matches!(error, LegError::Transport(_)) && !self.forgiven;
         if forgivable {
             self.forgiven = true;

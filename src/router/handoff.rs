@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  register ticket ─▶ send P leg ─▶ waiting ──┬─ board: Ready ──────────────▶ decode loads KV
-//!                        ▲                    ├─ board: Failed(other) ──────▶ decode, fallback
+//!                        ▲                    ├─ P's 2xx, if that says it ──▶ decode loads KV
+//!                        │                    ├─ board: Failed(other) ──────▶ decode, fallback
 //!                        │                    ├─ P's 2xx, never opened ─────▶ decode, fallback
 //!                        │                    ├─ handoff_timeout ───────────▶ decode, fallback
 //!                        │                    ├─ P's 4xx ───────────────────▶ the client's error
@@ -10,7 +11,8 @@
 //!                                                 └─ no other P ────────────▶ decode computes
 //! ```
 //!
-//! P's HTTP reply is not awaited. After Ready it is read in the background, so that its connection
+//! P's HTTP reply is not awaited, unless there is nothing else that says that the KV is complete
+//! ([`KvReady`]); then what it says of the KV goes to decode. After Ready it is read in the background, so that its connection
 //! can be used again; if the store held the whole prompt already, or the hand-off is of no more use,
 //! dropping the request stops P's work.
 
@@ -24,7 +26,7 @@ use tokio::time::{Instant, sleep_until};
 use super::balance::{self, Pick};
 use super::legs::{self, CompleteReply, Leg, LegError, Reply};
 use super::split;
-use super::{Call, Context};
+use super::{Call, Context, KvReady};
 use crate::fleet::{NodeView, Role};
 use crate::handoff::{HandoffFailure, HandoffId, HandoffOutcome, HandoffState, HandoffTicket};
 
@@ -38,6 +40,8 @@ pub(super) struct Prefilled {
     pub(super) ticket: Option<HandoffTicket>,
     /// Where the KV is.
     pub(super) pool: Option<Arc<str>>,
+    /// P's `kv_transfer_params` in JSON: what its connector has to say to decode's.
+    pub(super) params: Option<String>,
     pub(super) background: Option<Background>,
 }
 
@@ -63,12 +67,22 @@ pub(super) async fn prefill(cx: &Context, call: &Call<'_>) -> Stage {
                 cx.metrics.handoff_ready(attempt.sent.elapsed());
                 return Stage::Decode(attempt.into_prefilled(cx, already_stored));
             }
+            Event::Replied(params) => {
+                cx.metrics.handoff_ready(attempt.sent.elapsed());
+                return Stage::Decode(Prefilled {
+                    params,
+                    ..attempt.into_ticket()
+                });
+            }
             Event::Rejected(reply) => return Stage::Rejected(reply),
             Event::Settled(HandoffOutcome::Failed(HandoffFailure::ProducerDied)) => {
                 reason = HandoffFailure::ProducerDied.label();
             }
             Event::Failed(ref error) => {
                 tracing::warn!(node = %attempt.pick_id(), id = call.caller.id, %error, "prefill failed");
+                if matches!(error, LegError::Connect(_)) {
+                    cx.traffic.suspect(attempt.pick_id());
+                }
                 reason = error.label();
             }
             Event::Settled(HandoffOutcome::Failed(failure)) => {
@@ -114,6 +128,8 @@ fn pick(cx: &Context, tried: &[Tried]) -> Option<Pick> {
 
 enum Event {
     Settled(HandoffOutcome),
+    /// P answered 2xx, and that is the sign; with its `kv_transfer_params`.
+    Replied(Option<String>),
     Rejected(CompleteReply),
     /// P answered 2xx without ever having seen the hand-off.
     NotOpened,
@@ -165,6 +181,9 @@ impl Attempt {
                         Ok(Reply::Complete(reply)) if !reply.status.is_success() => {
                             return Event::Rejected(reply);
                         }
+                        Ok(reply) if self.reply_is_the_sign(cx) => {
+                            return Event::Replied(kv_transfer_params(&reply));
+                        }
                         Ok(_) => unopened = Some(Instant::now() + OPEN_GRACE),
                     }
                 }
@@ -180,6 +199,12 @@ impl Attempt {
         }
     }
 
+    fn reply_is_the_sign(&self, cx: &Context) -> bool {
+        self.pick.is_external
+            && cx.kv_ready == KvReady::Reply
+            && self.ticket.state() == HandoffState::Expected
+    }
+
     fn pick_id(&self) -> &crate::fleet::NodeId {
         self.pick.node()
     }
@@ -190,6 +215,7 @@ impl Attempt {
             pool: Some(self.pick.pool.clone()),
             background: leg.map(|leg| Background::spawn(cx, leg, self.pick)),
             ticket: Some(self.ticket),
+            params: None,
         }
     }
 
@@ -198,11 +224,19 @@ impl Attempt {
             ticket: Some(self.ticket),
             pool: Some(self.pick.pool.clone()),
             background: None,
+            params: None,
         }
     }
 
     fn into_tried(self) -> Tried {
         (self.pick.node().clone(), self.pick.incarnation)
+    }
+}
+
+fn kv_transfer_params(reply: &Reply) -> Option<String> {
+    match reply {
+        Reply::Complete(reply) => split::kv_transfer_params(reply.body()),
+        Reply::Streamed(_) => None,
     }
 }
 

@@ -154,6 +154,10 @@ pub(super) struct CompleteReply {
 }
 
 impl CompleteReply {
+    pub(super) fn body(&self) -> &[u8] {
+        &self.body
+    }
+
     pub(super) fn into_response(self) -> http::Response<Body> {
         head(self.status, self.content_type, Body::from(self.body))
     }

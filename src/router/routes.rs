@@ -8,7 +8,7 @@
 //! | `GET /status` | the fleet and what is in flight, as JSON |
 //! | `GET /metrics` | Prometheus text |
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -188,16 +188,23 @@ async fn read_body(body: Body, limit: usize) -> Result<Bytes, RouterError> {
 }
 
 async fn models(State(cx): Shared) -> Response {
-    Json(json!({
-        "object": "list",
-        "data": [{
-            "id": cx.served_model,
+    let fleet = cx.fleet.borrow().clone();
+    let ids: BTreeSet<&str> = match &cx.served_model {
+        Some(model) => [model.as_str()].into(),
+        None => fleet
+            .nodes()
+            .flat_map(|node| node.models.iter().map(String::as_str))
+            .collect(),
+    };
+    let models = ids.into_iter().map(|id| {
+        json!({
+            "id": id,
             "object": "model",
             "created": cx.started,
             "owned_by": "pegaflow",
-        }],
-    }))
-    .into_response()
+        })
+    });
+    Json(json!({"object": "list", "data": models.collect::<Vec<_>>()})).into_response()
 }
 
 async fn health(State(cx): Shared) -> Response {

@@ -10,6 +10,8 @@ use super::body::{Fields, ObjectWriter};
 use crate::handoff::HandoffId;
 
 const KV_PARAMS: &str = "kv_transfer_params";
+/// The part of it that is ours.
+const MARK: &str = "pegaflow";
 /// vLLM merges this object into the same place that [`KV_PARAMS`] ends up in.
 const EXTRA_ARGS: &str = "vllm_xargs";
 const OUTPUT_LIMITS: [&str; 3] = ["max_tokens", "max_completion_tokens", "max_output_tokens"];
@@ -112,9 +114,17 @@ pub(super) fn prefill_body(fields: &Fields<'_>, handoff: &HandoffId) -> Bytes {
     write_leg(fields, handoff, Leg::Prefill)
 }
 
-/// The decode leg's body: the client's, marked with the hand-off.
-pub(super) fn decode_body(fields: &Fields<'_>, handoff: &HandoffId) -> Bytes {
-    write_leg(fields, handoff, Leg::Decode)
+/// The decode leg's body: the client's, marked with the hand-off. `params`: what the prefill node's
+/// connector has to say to this one's, a JSON object.
+pub(super) fn decode_body(fields: &Fields<'_>, handoff: &HandoffId, params: Option<&str>) -> Bytes {
+    write_leg(fields, handoff, Leg::Decode { params })
+}
+
+/// A prefill node's words to decode, out of its reply: a JSON object.
+pub(super) fn kv_transfer_params(reply: &[u8]) -> Option<String> {
+    let fields = Fields::parse(reply).ok()?;
+    let params = fields.present(KV_PARAMS)?;
+    params.starts_with('{').then(|| params.to_owned())
 }
 
 /// The body for a node that serves the request alone: the client's own bytes, unless they would
@@ -131,17 +141,17 @@ pub(super) fn whole_body(fields: &Fields<'_>, original: &Bytes) -> Bytes {
 }
 
 #[derive(Clone, Copy)]
-enum Leg {
+enum Leg<'a> {
     Prefill,
-    Decode,
+    Decode { params: Option<&'a str> },
 }
 
-fn write_leg(fields: &Fields<'_>, handoff: &HandoffId, leg: Leg) -> Bytes {
+fn write_leg(fields: &Fields<'_>, handoff: &HandoffId, leg: Leg<'_>) -> Bytes {
     let size = fields.iter().map(|(key, raw)| key.len() + raw.len() + 4);
     let mut writer = ObjectWriter::with_capacity(size.sum::<usize>() + 160);
     for (key, raw) in fields.iter() {
         match leg {
-            Leg::Decode => write_client_field(&mut writer, key, raw),
+            Leg::Decode { .. } => write_client_field(&mut writer, key, raw),
             Leg::Prefill => match on_prefill(key, raw) {
                 OnPrefill::Keep => write_client_field(&mut writer, key, raw),
                 OnPrefill::Set(value) => writer.field(key, value),
@@ -149,16 +159,31 @@ fn write_leg(fields: &Fields<'_>, handoff: &HandoffId, leg: Leg) -> Bytes {
             },
         }
     }
-    let name = match leg {
-        Leg::Prefill => "prefill",
-        Leg::Decode => "decode",
+    let (name, params) = match leg {
+        Leg::Prefill => ("prefill", None),
+        Leg::Decode { params } => ("decode", params),
     };
     if matches!(leg, Leg::Prefill) && !OUTPUT_LIMITS.iter().any(|key| fields.get(key).is_some()) {
         writer.field("max_tokens", "1");
     }
-    let mark = format!(r#"{{"pegaflow":{{"handoff":"{handoff}","leg":"{name}"}}}}"#);
-    writer.field(KV_PARAMS, &mark);
+    let mark = format!(r#"{{"handoff":"{handoff}","leg":"{name}"}}"#);
+    match params {
+        None => writer.field(KV_PARAMS, &format!(r#"{{"{MARK}":{mark}}}"#)),
+        Some(params) => writer.field(KV_PARAMS, &with_mark(params, &mark)),
+    }
     writer.finish()
+}
+
+fn with_mark(params: &str, mark: &str) -> String {
+    let mut writer = ObjectWriter::with_capacity(params.len() + mark.len() + 16);
+    if let Ok(fields) = Fields::parse(params.as_bytes()) {
+        for (key, raw) in fields.iter().filter(|(key, _)| *key != MARK) {
+            writer.field(key, raw);
+        }
+    }
+    writer.field(MARK, mark);
+    // Built from text, so it is text.
+    String::from_utf8_lossy(&writer.finish()).into_owned()
 }
 
 enum OnPrefill {

@@ -14,8 +14,8 @@ use super::problem::{Findings, ProblemKind};
 use super::section::Section;
 use super::source::join;
 use super::value::{
-    address, boolean, cpus, device, duration_or_zero, integer, non_empty, number, one_of, role,
-    size, string, wrong,
+    address, boolean, cpus, device, duration, duration_or_zero, integer, non_empty, number, one_of,
+    role, size, string, wrong,
 };
 use super::{
     Capacity, CpuRequest, Device, GpuRequest, HugepageRequest, KvSettings, ModelRef, NodeSettings,
@@ -203,26 +203,34 @@ fn kv(top: &mut Section<'_, '_, '_, '_>, device: Device) -> KvSettings {
 
 fn router(top: &mut Section<'_, '_, '_, '_>) -> RouterSettings {
     let mut section = top.sub("router", &keys::ROUTER);
-    let body = section.get("max_body", size).unwrap_or(64 * MIB);
+    let default = RouterSettings::default();
+    let mut positive = |key, default| section.get(key, duration).unwrap_or(default);
+    let connect_timeout = positive("connect_timeout", default.connect_timeout);
+    let first_byte_timeout = positive("first_byte_timeout", default.first_byte_timeout);
+    let chunk_timeout = positive("chunk_timeout", default.chunk_timeout);
+    let handoff_timeout = positive("handoff_timeout", default.handoff_timeout);
+    let max_body = section.get("max_body", size);
     RouterSettings {
-        listen: section
-            .get("listen", address)
-            .unwrap_or_else(|| ([127, 0, 0, 1], 8000).into()),
-        connect_timeout: section.seconds("connect_timeout", 5),
-        first_byte_timeout: section.seconds("first_byte_timeout", 600),
-        chunk_timeout: section.seconds("chunk_timeout", 120),
-        handoff_timeout: section.seconds("handoff_timeout", 60),
-        max_body: usize::try_from(body).unwrap_or(usize::MAX),
+        listen: section.get("listen", address).unwrap_or(default.listen),
+        connect_timeout,
+        first_byte_timeout,
+        chunk_timeout,
+        handoff_timeout,
+        max_body: max_body.map_or(default.max_body, |bytes| {
+            usize::try_from(bytes).unwrap_or(usize::MAX)
+        }),
         max_in_flight: section
             .get("max_in_flight", integer(1..=MANY))
-            .unwrap_or(1024),
-        max_queue: section.get("max_queue", integer(0..=MANY)).unwrap_or(1024),
+            .unwrap_or(default.max_in_flight),
+        max_queue: section
+            .get("max_queue", integer(0..=MANY))
+            .unwrap_or(default.max_queue),
         queue_timeout: section
             .get("queue_timeout", duration_or_zero)
-            .unwrap_or(Duration::from_secs(60)),
+            .unwrap_or(default.queue_timeout),
         drain_timeout: section
             .get("drain_timeout", duration_or_zero)
-            .unwrap_or(Duration::from_secs(30)),
+            .unwrap_or(default.drain_timeout),
     }
 }
 

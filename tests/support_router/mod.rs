@@ -2,6 +2,7 @@
 //! the fake prefill nodes play the engine (the board).
 #![allow(dead_code)]
 
+pub mod command;
 mod rig;
 
 use std::net::SocketAddr;
@@ -12,6 +13,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
+use axum::routing::get;
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 use http::{HeaderMap, StatusCode};
@@ -115,7 +117,16 @@ impl Fake {
         board: &HandoffBoard,
         script: impl Fn(usize, &Seen) -> (Kv, Answer) + Send + Sync + 'static,
     ) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::at("127.0.0.1:0".parse().unwrap(), board, script).await
+    }
+
+    /// At an address where another node was before, say.
+    pub async fn at(
+        addr: SocketAddr,
+        board: &HandoffBoard,
+        script: impl Fn(usize, &Seen) -> (Kv, Answer) + Send + Sync + 'static,
+    ) -> Self {
+        let listener = TcpListener::bind(addr).await.unwrap();
         let addr = listener.local_addr().unwrap();
         let seen = Arc::new(Mutex::new(Vec::new()));
         let active = watch::Sender::new(0);
@@ -125,7 +136,11 @@ impl Fake {
             active: active.clone(),
             script: Arc::new(script),
         };
-        let app = axum::Router::new().fallback(move |request| node.clone().answer(request));
+        let models = axum::Json(json!({"data": [{"id": "tiny"}]}));
+        let app = axum::Router::new()
+            .route("/health", get(async || ()))
+            .route("/v1/models", get(async move || models.clone()))
+            .fallback(move |request| node.clone().answer(request));
         let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
         Self {
             addr,

@@ -9,7 +9,7 @@ use pegaflow::fleet::{FleetPublisher, KvTrust, NodeView, Phase, Role};
 use pegaflow::handoff::HandoffBoard;
 use pegaflow::notify::Vitals;
 use pegaflow::plan::RouterPlan;
-use pegaflow::router::{RouterDeps, RouterError, RouterMetrics, serve};
+use pegaflow::router::{KvReady, RouterDeps, RouterError, RouterMetrics, serve};
 use pegaflow::shutdown::Shutdown;
 use pegaflow::traffic::Traffic;
 use prometheus_client::registry::Registry;
@@ -69,10 +69,11 @@ impl Rig {
         let mut registry = Registry::default();
         let deps = RouterDeps {
             plan,
-            served_model: "tiny".to_owned(),
+            served_model: Some("tiny".to_owned()),
             fleet: fleet.watch(),
             board: board.clone(),
             traffic: Traffic::default(),
+            kv_ready: KvReady::default(),
             metrics: RouterMetrics::register(&mut registry),
             registry: Arc::new(registry),
             vitals: Vitals::default(),

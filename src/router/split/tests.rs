@@ -10,7 +10,7 @@ fn prefill(body: &str) -> Value {
 
 fn decode(body: &str) -> Value {
     let fields = Fields::parse(body.as_bytes()).unwrap();
-    serde_json::from_slice(&decode_body(&fields, &"h".into())).unwrap()
+    serde_json::from_slice(&decode_body(&fields, &"h".into(), None)).unwrap()
 }
 
 fn whole(body: &'static str) -> Bytes {
@@ -234,7 +234,7 @@ proptest! {
         let fields = Fields::parse(&original).unwrap();
         let legs = [
             prefill_body(&fields, &"h".into()),
-            decode_body(&fields, &"h".into()),
+            decode_body(&fields, &"h".into(), None),
             whole_body(&fields, &original),
         ];
         for (index, leg) in legs.iter().enumerate() {
@@ -253,5 +253,27 @@ proptest! {
             }
         }
         prop_assert!(Fields::parse(&legs[2]).unwrap().get(KV_PARAMS).is_none());
+    }
+}
+
+#[test]
+fn what_prefill_s_connector_says_reaches_decode_s_and_nothing_else_does() {
+    let reply =
+        br#"{"id":"x","choices":[],"kv_transfer_params":{"remote_block_ids":[1,2],"pegaflow":1}}"#;
+    let params = kv_transfer_params(reply).unwrap();
+    let body = br#"{"prompt":"a","kv_transfer_params":{"remote_host":"evil"}}"#;
+    let fields = Fields::parse(body).unwrap();
+    let sent = decode_body(&fields, &"h".into(), Some(&params));
+    let sent: Value = serde_json::from_slice(&sent).unwrap();
+    let mark = json!({"handoff": "h", "leg": "decode"});
+    let expected = json!({"remote_block_ids": [1, 2], "pegaflow": mark});
+    assert_eq!(sent["kv_transfer_params"], expected);
+    for silent in [
+        &br#"{"kv_transfer_params":null}"#[..],
+        br#"{"kv_transfer_params":[1]}"#,
+        b"{}",
+        b"not JSON",
+    ] {
+        assert_eq!(kv_transfer_params(silent), None);
     }
 }

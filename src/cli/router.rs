@@ -1,0 +1,312 @@
+//! `pegaflow router`: the router alone, in front of nodes that others started.
+//!
+//! ```text
+//! bind ─▶ watch the nodes, serve ─▶ (first signal) drain ─▶ end
+//! ```
+//!
+//! There is no topology, no store and no supervisor here; `docs/router.md` says how it is used.
+
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::anyhow;
+use bytesize::ByteSize;
+use clap::Args;
+use prometheus_client::registry::Registry;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+
+use super::{Exit, Seat};
+use crate::fleet::{FleetPublisher, Role};
+use crate::handoff::HandoffBoard;
+use crate::observe::LogFormat;
+use crate::router::{self, KvReady, RouterDeps, RouterMetrics};
+use crate::supervise::{ExternalDeps, ExternalNode, watch_external};
+use crate::topology::{NodeUrl, RouterSettings};
+use crate::traffic::Traffic;
+
+const WEEK: Duration = Duration::from_secs(7 * 24 * 3600);
+
+#[derive(Debug, Args)]
+pub struct RouterArgs {
+    /// Name or address to listen on. Other machines reach it only if this is one of theirs to reach, like
+    /// 0.0.0.0; the router asks no client who it is.
+    #[arg(long, default_value = "127.0.0.1")]
+    host: String,
+    /// Port to listen on.
+    #[arg(long, default_value_t = 8080, value_parser = clap::value_parser!(u16).range(1..))]
+    port: u16,
+    /// Nodes that compute prompts, like http://10.0.0.7:8000. Can be given several times.
+    #[arg(long, num_args = 1.., value_name = "URL")]
+    prefill: Vec<NodeUrl>,
+    /// Nodes that load a prompt's KV and generate. Can be given several times.
+    #[arg(long, num_args = 1.., value_name = "URL")]
+    decode: Vec<NodeUrl>,
+    /// Nodes that do everything for themselves. Can be given several times.
+    #[arg(long, num_args = 1.., value_name = "URL")]
+    unified: Vec<NodeUrl>,
+    #[command(flatten)]
+    limits: Limits,
+    /// How log lines look on stderr.
+    #[arg(long, value_enum, default_value_t = LogFormat::Human, env = "PEGAFLOW_LOG_FORMAT")]
+    pub log_format: LogFormat,
+}
+
+/// What `[router]` is in a topology.
+#[derive(Debug, Args)]
+struct Limits {
+    /// Between two looks at a node's /health.
+    #[arg(long, default_value = "1s", value_name = "DURATION", value_parser = duration)]
+    health_interval: Duration,
+    /// For a connection to a node.
+    #[arg(long, default_value = "5s", value_name = "DURATION", value_parser = duration)]
+    connect_timeout: Duration,
+    /// From sending a request to a node to the head of its reply (for a stream) or the whole reply.
+    #[arg(long, default_value = "10m", value_name = "DURATION", value_parser = duration)]
+    first_byte_timeout: Duration,
+    /// Between two pieces of a stream.
+    #[arg(long, default_value = "2m", value_name = "DURATION", value_parser = duration)]
+    chunk_timeout: Duration,
+    /// From sending a prompt to prefill to its KV being ready; then decode computes it itself.
+    #[arg(long, default_value = "1m", value_name = "DURATION", value_parser = duration)]
+    handoff_timeout: Duration,
+    /// Bytes of a request.
+    #[arg(long, default_value = "64MiB", value_name = "SIZE", value_parser = size)]
+    max_body: usize,
+    /// Requests at a time.
+    #[arg(long, default_value = "1024", value_name = "N", value_parser = count(1))]
+    max_in_flight: usize,
+    /// Requests that may wait; more are answered 429.
+    #[arg(long, default_value = "1024", value_name = "N", value_parser = count(0))]
+    max_queue: usize,
+    /// How long a request waits for a place or a node; 0s for not at all.
+    #[arg(long, default_value = "1m", value_name = "DURATION", value_parser = duration_or_zero)]
+    queue_timeout: Duration,
+    /// After the first signal, how long running requests may finish.
+    #[arg(long, default_value = "30s", value_name = "DURATION", value_parser = duration_or_zero)]
+    drain_timeout: Duration,
+}
+
+fn duration_or_zero(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(duration) if duration <= WEEK => Ok(duration),
+        _ => Err("write a duration up to a week, like 30s, 500ms or 5m".to_owned()),
+    }
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    match duration_or_zero(text)? {
+        Duration::ZERO => Err("it must be above zero".to_owned()),
+        duration => Ok(duration),
+    }
+}
+
+fn size(text: &str) -> Result<usize, String> {
+    match text.parse::<ByteSize>() {
+        Ok(ByteSize(bytes)) if bytes > 0 => Ok(usize::try_from(bytes).unwrap_or(usize::MAX)),
+        _ => Err("write a size, like 64MiB".to_owned()),
+    }
+}
+
+/// As many as `[router]` allows.
+fn count(least: usize) -> impl Fn(&str) -> Result<usize, String> + Clone {
+    move |text| match text.parse() {
+        Ok(count) if (least..=1_000_000).contains(&count) => Ok(count),
+        _ => Err(format!("write a number from {least} to 1000000")),
+    }
+}
+
+impl RouterArgs {
+    /// Named like replicas in a topology.
+    fn nodes(&self) -> Result<Vec<ExternalNode>, Exit> {
+        let groups = [
+            (Role::Prefill, &self.prefill),
+            (Role::Decode, &self.decode),
+            (Role::Unified, &self.unified),
+        ];
+        let mut nodes = Vec::new();
+        let mut roles = BTreeMap::new();
+        for (role, urls) in groups {
+            for (index, url) in urls.iter().enumerate() {
+                if let Some(other) = roles.insert(url, role) {
+                    return Err(Exit::Usage(anyhow!(
+                        "{url} is given twice (--{other} and --{role}); a node has one role"
+                    )));
+                }
+                let id = match urls.len() {
+                    1 => role.to_string(),
+                    _ => format!("{role}-{index}"),
+                };
+                nodes.push(ExternalNode {
+                    id: id.as_str().into(),
+                    role,
+                    url: url.clone(),
+                });
+            }
+        }
+        let lacks = match (self.prefill.is_empty(), self.decode.is_empty()) {
+            (true, true) if self.unified.is_empty() => {
+                "no node is given: write --prefill URL and --decode URL, or --unified URL"
+            }
+            (true, false) => "--decode needs --prefill beside it (or write --unified)",
+            (false, true) => "--prefill needs --decode beside it (or write --unified)",
+            _ => return Ok(nodes),
+        };
+        Err(Exit::Usage(anyhow!(lacks)))
+    }
+
+    fn settings(&self, listen: std::net::SocketAddr) -> RouterSettings {
+        let limits = &self.limits;
+        RouterSettings {
+            listen,
+            connect_timeout: limits.connect_timeout,
+            first_byte_timeout: limits.first_byte_timeout,
+            chunk_timeout: limits.chunk_timeout,
+            handoff_timeout: limits.handoff_timeout,
+            max_body: limits.max_body,
+            max_in_flight: limits.max_in_flight,
+            max_queue: limits.max_queue,
+            queue_timeout: limits.queue_timeout,
+            drain_timeout: limits.drain_timeout,
+        }
+    }
+}
+
+pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
+    let nodes = args.nodes()?;
+    let (host, port) = (args.host.as_str(), args.port);
+    let cannot_listen = |error| {
+        let what = format!("cannot listen on {host} port {port}; is another server there?");
+        Exit::Machine(anyhow::Error::new(error).context(what))
+    };
+    let listener = TcpListener::bind((host, port))
+        .await
+        .map_err(cannot_listen)?;
+    let listen = listener.local_addr().map_err(cannot_listen)?;
+
+    let fleet = FleetPublisher::new(nodes.iter().map(ExternalNode::view));
+    let traffic = Traffic::default();
+    let vitals = seat.service.vitals.clone();
+    let watch = ExternalDeps {
+        health_interval: args.limits.health_interval,
+        fleet: fleet.clone(),
+        traffic: traffic.clone(),
+        vitals: vitals.clone(),
+    };
+    let mut registry = Registry::default();
+    let deps = RouterDeps {
+        plan: args.settings(listen),
+        served_model: None,
+        fleet: fleet.watch(),
+        board: HandoffBoard::default(),
+        traffic,
+        kv_ready: KvReady::Reply,
+        metrics: RouterMetrics::register(&mut registry),
+        registry: Arc::new(registry),
+        vitals,
+    };
+    banner(&seat, listen, &nodes);
+    seat.service.ready(&fleet.snapshot());
+
+    let mut helpers = JoinSet::new();
+    let (service, told) = (seat.service.clone(), fleet.watch());
+    let end = seat.shutdown.graceful().clone();
+    helpers.spawn(async move { service.watch(told, end).await });
+    // The nodes are watched until the last request is answered.
+    let unwatch = tokio_util::sync::CancellationToken::new();
+    let watching = tokio::spawn(watch_external(nodes, watch, unwatch.clone()));
+    let routed = router::serve(listener, deps, seat.shutdown.clone()).await;
+    seat.shutdown.begin();
+    unwatch.cancel();
+    let watched = watching.await;
+    helpers.shutdown().await;
+    routed.map_err(|error| Exit::failed("the router failed", error))?;
+    watched
+        .map_err(|error| Exit::failed("the watch of the nodes failed", error))?
+        .map_err(|error| Exit::failed("cannot look at the nodes", error))
+}
+
+/// On stdout, for the person and for scripts that wait for it.
+fn banner(seat: &Seat, listen: std::net::SocketAddr, nodes: &[ExternalNode]) {
+    seat.console.flush();
+    let mut stdout = std::io::stdout().lock();
+    // A closed stdout is no reason to stop serving.
+    let _ = writeln!(stdout, "pegaflow router listens on http://{listen}");
+    for node in nodes {
+        let _ = writeln!(stdout, "  {:<12} {}", node.id, node.url);
+    }
+    let _ = stdout.flush();
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+
+    #[derive(Debug, clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: RouterArgs,
+    }
+
+    fn parse(line: &str) -> Result<RouterArgs, clap::Error> {
+        Line::try_parse_from(line.split_whitespace()).map(|line| line.args)
+    }
+
+    const PAIR: &str = "router --prefill http://p:1 --decode http://d:1";
+
+    #[test]
+    fn the_flags_default_to_what_a_topology_defaults_to() {
+        let args = parse(PAIR).unwrap();
+        let default = RouterSettings::default();
+        assert_eq!(args.settings(default.listen), default);
+        assert_eq!((args.host.as_str(), args.port), ("127.0.0.1", 8080));
+    }
+
+    #[test]
+    fn urls_follow_a_flag_or_repeat_it() {
+        let line = "router --prefill http://a:1 http://b:1 --decode http://c:1 --decode http://d:1 \
+                    --unified http://e:1";
+        let nodes = parse(line).unwrap().nodes().unwrap();
+        let names: Vec<_> = nodes.iter().map(|node| node.id.as_str()).collect();
+        let expected = ["prefill-0", "prefill-1", "decode-0", "decode-1", "unified"];
+        assert_eq!(names, expected);
+        let one = parse(PAIR).unwrap().nodes().unwrap();
+        assert_eq!(one[0].id.as_str(), "prefill");
+    }
+
+    #[test]
+    fn nodes_that_make_no_fleet_are_refused() {
+        for line in [
+            "router",
+            "router --prefill http://a:1",
+            "router --decode http://a:1",
+            "router --unified http://a:1 --decode http://b:1",
+            "router --prefill http://a:1 --decode http://A:1/",
+        ] {
+            let refused = parse(line).unwrap().nodes();
+            assert!(matches!(refused, Err(Exit::Usage(_))), "{line}");
+        }
+    }
+
+    #[test]
+    fn values_that_make_no_sense_are_refused() {
+        for wrong in [
+            "--prefill https://a:1",
+            "--prefill",
+            "--port 0",
+            "--connect-timeout 0s",
+            "--connect-timeout 5",
+            "--drain-timeout 1y",
+            "--max-body 0",
+            "--max-in-flight 0",
+            "--max-queue -1",
+        ] {
+            assert!(parse(&format!("{PAIR} {wrong}")).is_err(), "{wrong}");
+        }
+        assert!(parse(&format!("{PAIR} --queue-timeout 0s --max-queue 0")).is_ok());
+    }
+}

@@ -1,0 +1,339 @@
+//! Nodes that others started: looked at and shown in the fleet, never spawned or killed.
+//!
+//! ```text
+//!            2xx                     late three times
+//! Pending ────────▶ Ready ◀────────────────────────────▶ Unreachable
+//!    │                ▲ │ refused, 503, ...   2xx            │
+//!    │            2xx │ ▼                                    │
+//!    └──────────────▶ Down ◀───────── refused, 503, ... ─────┘
+//! ```
+//!
+//! A look is `GET /health` on a connection of its own, every `health_interval`, and at once when the router
+//! was refused a connection. Nobody tells us that a process has been replaced, so each way up from `Down`
+//! counts as a new incarnation.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use http::StatusCode;
+use reqwest::redirect::Policy;
+use serde::Deserialize;
+use tokio::net::lookup_host;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::fleet::{FleetPublisher, NodeId, NodeView, Phase, Role};
+use crate::notify::{Beat, Vitals};
+use crate::topology::NodeUrl;
+use crate::traffic::Traffic;
+
+/// For the whole look.
+const LOOK: Duration = Duration::from_secs(1);
+/// Looks in a row that a ready node may be late for: a busy API server stalls for seconds.
+const LATE_LOOKS: u32 = 3;
+/// Bytes of `/v1/models`.
+const MAX_MODELS: usize = 1 << 20;
+/// Names of models that are kept of one node.
+const MAX_NAMES: usize = 256;
+
+/// One node that others started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExternalNode {
+    pub id: NodeId,
+    pub role: Role,
+    pub url: NodeUrl,
+}
+
+impl ExternalNode {
+    /// Before the first look. Where the URL has a name, its address comes with the first look.
+    pub fn view(&self) -> NodeView {
+        let unknown = std::net::Ipv4Addr::UNSPECIFIED.into();
+        let ip = self.url.host().parse().unwrap_or(unknown);
+        let addr = SocketAddr::new(ip, self.url.port());
+        NodeView::external(self.id.clone(), self.role, addr)
+    }
+}
+
+/// What watching takes.
+pub struct ExternalDeps {
+    pub health_interval: Duration,
+    pub fleet: FleetPublisher,
+    pub traffic: Traffic,
+    pub vitals: Vitals,
+}
+
+/// Watches the nodes until `end`.
+pub async fn watch_external(
+    nodes: Vec<ExternalNode>,
+    deps: ExternalDeps,
+    end: CancellationToken,
+) -> reqwest::Result<()> {
+    let http = reqwest::Client::builder()
+        .no_proxy()
+        .redirect(Policy::none())
+        // A connection of before says nothing about whether the node takes new ones.
+        .pool_max_idle_per_host(0)
+        .build()?;
+    let mut watchers = JoinSet::new();
+    for node in nodes {
+        let beat = deps.vitals.part(format!("the watch of {}", node.id));
+        let watcher = Watcher {
+            http: http.clone(),
+            interval: deps.health_interval,
+            fleet: deps.fleet.clone(),
+            traffic: deps.traffic.clone(),
+            addr: node.view().addr,
+            standing: Standing::default(),
+            models: None,
+            node,
+        };
+        watchers.spawn(watcher.run(beat));
+    }
+    end.cancelled().await;
+    watchers.shutdown().await;
+    Ok(())
+}
+
+struct Watcher {
+    node: ExternalNode,
+    http: reqwest::Client,
+    interval: Duration,
+    fleet: FleetPublisher,
+    traffic: Traffic,
+    addr: SocketAddr,
+    standing: Standing,
+    /// `None`: not asked yet since it came up.
+    models: Option<Vec<String>>,
+}
+
+impl Watcher {
+    async fn run(mut self, mut beat: Beat) {
+        loop {
+            let look = beat.during(self.look()).await;
+            let before = self.standing.clone();
+            self.standing.see(look);
+            self.publish(&before);
+            if self.standing.phase != Phase::Ready {
+                self.models = None;
+            } else if self.models.is_none() {
+                self.models = beat.during(self.ask_models()).await;
+                self.publish_models();
+            }
+            beat.mark();
+            beat.during(async {
+                tokio::select! {
+                    () = sleep(self.interval) => {}
+                    () = self.traffic.suspected(&self.node.id) => {}
+                }
+            })
+            .await;
+        }
+    }
+
+    async fn look(&mut self) -> Look {
+        let looking = async {
+            self.addr = match resolve(&self.node.url, self.addr).await {
+                Ok(addr) => addr,
+                Err(why) => return Look::Down(why),
+            };
+            let url = format!("http://{}/health", self.addr);
+            match self.http.get(url).send().await {
+                Ok(reply) if reply.status().is_success() => Look::Healthy,
+                Ok(reply) => Look::Down(format!("GET /health was answered {}", reply.status())),
+                Err(error) if error.is_connect() => Look::Down(innermost(&error)),
+                // It hung up in the middle; the next look says more.
+                Err(_) => Look::Late,
+            }
+        };
+        timeout(LOOK, looking).await.unwrap_or(Look::Late)
+    }
+
+    fn publish(&self, before: &Standing) {
+        let (node, now) = (&self.node.id, &self.standing);
+        let snapshot = self.fleet.snapshot();
+        let moved = snapshot
+            .node(node)
+            .is_some_and(|view| view.addr != self.addr);
+        if now == before && !moved {
+            return;
+        }
+        if now.phase != before.phase {
+            match (&now.phase, &now.reason) {
+                (Phase::Ready, _) => tracing::info!(%node, "{} is ready", self.node.url),
+                (phase, Some(why)) => {
+                    tracing::warn!(%node, "{} is {}: {why}", self.node.url, phase.label());
+                }
+                _ => {}
+            }
+        }
+        self.fleet.update(node, |view| {
+            view.addr = self.addr;
+            view.phase = now.phase.clone();
+            view.incarnation = now.incarnation;
+            view.reason = now.reason.clone();
+        });
+    }
+
+    /// `None`: not this time. A node that has no list of models is not asked again.
+    async fn ask_models(&self) -> Option<Vec<String>> {
+        #[derive(Deserialize)]
+        struct Models {
+            data: Vec<Model>,
+        }
+        #[derive(Deserialize)]
+        struct Model {
+            id: String,
+        }
+        let asking = async {
+            let url = format!("http://{}/v1/models", self.addr);
+            let mut reply = self.http.get(url).send().await.ok()?;
+            if reply.status() == StatusCode::NOT_FOUND {
+                return Some(Vec::new());
+            }
+            let mut body = Vec::new();
+            while let Some(piece) = reply.chunk().await.ok()? {
+                body.extend_from_slice(&piece);
+                if body.len() > MAX_MODELS {
+                    return Some(Vec::new());
+                }
+            }
+            let models: Models = serde_json::from_slice(&body).ok()?;
+            let names = models.data.into_iter().map(|model| model.id);
+            Some(names.take(MAX_NAMES).collect())
+        };
+        timeout(LOOK, asking).await.ok()?
+    }
+
+    fn publish_models(&self) {
+        let Some(models) = &self.models else { return };
+        self.fleet.update(&self.node.id, |view| {
+            view.models = models.as_slice().into();
+        });
+    }
+}
+
+/// The address now. A name may have several, and may move: the known one is kept while it is among them.
+async fn resolve(url: &NodeUrl, known: SocketAddr) -> Result<SocketAddr, String> {
+    if let Ok(ip) = url.host().parse() {
+        return Ok(SocketAddr::new(ip, url.port()));
+    }
+    let found = lookup_host((url.host(), url.port())).await;
+    let found: Vec<_> = found
+        .map_err(|error| format!("cannot resolve {}: {error}", url.host()))?
+        .collect();
+    if found.contains(&known) {
+        return Ok(known);
+    }
+    let first = found.first().copied();
+    first.ok_or_else(|| format!("{} has no address", url.host()))
+}
+
+/// What the operating system said.
+fn innermost(error: &reqwest::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    format!("cannot connect: {cause}")
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Look {
+    Healthy,
+    Down(String),
+    /// No answer in time.
+    Late,
+}
+
+/// Where the node stands, as far as the looks tell.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Standing {
+    phase: Phase,
+    incarnation: u64,
+    late: u32,
+    reason: Option<String>,
+}
+
+impl Default for Standing {
+    fn default() -> Self {
+        Self {
+            phase: Phase::Pending,
+            incarnation: 0,
+            late: 0,
+            reason: None,
+        }
+    }
+}
+
+impl Standing {
+    fn see(&mut self, look: Look) {
+        self.late = match look {
+            Look::Late => self.late.saturating_add(1).min(LATE_LOOKS),
+            _ => 0,
+        };
+        match look {
+            Look::Healthy => {
+                if matches!(self.phase, Phase::Pending | Phase::Down) {
+                    self.incarnation += 1;
+                }
+                (self.phase, self.reason) = (Phase::Ready, None);
+            }
+            Look::Down(why) => (self.phase, self.reason) = (Phase::Down, Some(why)),
+            Look::Late if self.phase == Phase::Ready && self.late < LATE_LOOKS => {}
+            Look::Late => {
+                if self.phase == Phase::Ready {
+                    self.phase = Phase::Unreachable;
+                }
+                let why = format!("GET /health is not answered within {LOOK:?}");
+                self.reason = Some(why);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen(looks: &[Look]) -> Standing {
+        let mut standing = Standing::default();
+        for look in looks {
+            standing.see(look.clone());
+        }
+        standing
+    }
+
+    fn down() -> Look {
+        Look::Down("refused".to_owned())
+    }
+
+    #[test]
+    fn a_refusal_counts_at_once_and_lateness_only_when_it_lasts() {
+        use Look::{Healthy, Late};
+        for (looks, phase, incarnation) in [
+            (&[][..], Phase::Pending, 0),
+            (&[Late, Late, Late, Late], Phase::Pending, 0),
+            (&[Healthy], Phase::Ready, 1),
+            (&[Healthy, Late, Late], Phase::Ready, 1),
+            (&[Healthy, Late, Late, Healthy, Late], Phase::Ready, 1),
+            (&[Healthy, Late, Late, Late], Phase::Unreachable, 1),
+            (&[Healthy, Late, Late, Late, Healthy], Phase::Ready, 1),
+            (&[Healthy, down()], Phase::Down, 1),
+            (&[Healthy, down(), Late], Phase::Down, 1),
+            (&[Healthy, Late, Late, Late, down()], Phase::Down, 1),
+            (&[Healthy, down(), Healthy], Phase::Ready, 2),
+        ] {
+            let standing = seen(looks);
+            assert_eq!((standing.phase, standing.incarnation), (phase, incarnation));
+        }
+    }
+
+    #[test]
+    fn a_node_that_serves_has_no_reason_and_every_other_has_one() {
+        use Look::{Healthy, Late};
+        assert!(seen(&[Late]).reason.is_some());
+        assert!(seen(&[Healthy, down()]).reason.is_some());
+        assert_eq!(seen(&[Healthy, down(), Healthy]).reason, None);
+    }
+}
