@@ -1,6 +1,6 @@
 //! The engine process: schedules prompts, speaks to the store as a scheduler, drives the workers.
 //!
-//! A prefill leg: open, look up, store, seal at once; compute (`prefill_ms`); the workers write and
+//! A prefill leg: open, look up, store, seal at once; the workers compute (`prefill_ms`), write and
 //! commit. A decode leg: look up, poll what is pending, let the workers read and verify, compute
 //! what was not found.
 
@@ -17,14 +17,16 @@ use tokio::task::AbortHandle;
 
 use crate::args::Args;
 use crate::kv::{self, Found, Key, Scheduler};
-use crate::script::ScriptReader;
+use crate::script::{ScriptReader, Stage};
 use crate::shm::Segment;
 use crate::wire::{
-    self, Chunk, FromEngine, FromWorker, Job, Leg, LegKind, Link, Outcome, ToEngine, ToWorker,
+    self, Chunk, FromEngine, FromWorker, Job, Leg, LegKind, Link, Outcome, Task, ToEngine, ToWorker,
 };
 
 /// A clean stop takes no longer.
 pub const STOP_LIMIT: Duration = Duration::from_secs(2);
+/// While requests run, the leader hears this often that engine and workers work.
+const BEAT: Duration = Duration::from_millis(50);
 /// Chunks that stay pending for longer are a miss.
 const PENDING_LIMIT: Duration = Duration::from_secs(2);
 
@@ -51,6 +53,14 @@ struct Transfer {
     left: usize,
     done: Transferred,
     sender: Option<oneshot::Sender<Transferred>>,
+}
+
+/// Something for all workers.
+#[derive(Debug, Clone)]
+struct Work {
+    task: Task,
+    millis: u64,
+    stage: Option<Stage>,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -84,6 +94,7 @@ pub async fn run(args: Args) -> ExitCode {
     for (child, worker_link) in children {
         tokio::spawn(watch_worker(engine.clone(), child, worker_link));
     }
+    tokio::spawn(beat(engine.clone()));
     let _ = to_leader.send(FromEngine::Ready).await;
     while let Some(message) = link.receive().await {
         match message {
@@ -137,6 +148,23 @@ async fn watch_worker(engine: Arc<Engine>, mut child: Child, mut link: Link<ToWo
     }
 }
 
+/// One step after the other, as long as there is something to do.
+async fn beat(engine: Arc<Engine>) {
+    loop {
+        tokio::time::sleep(BEAT).await;
+        if engine.running.lock().unwrap().is_empty() {
+            continue;
+        }
+        let step = Work {
+            task: Task::Step,
+            millis: 0,
+            stage: None,
+        };
+        engine.workers.carry_out(step).await;
+        let _ = engine.to_leader.send(FromEngine::Beat).await;
+    }
+}
+
 impl Workers {
     async fn send(&self, message: impl Fn() -> ToWorker) {
         for sender in &self.senders {
@@ -144,7 +172,7 @@ impl Workers {
         }
     }
 
-    async fn transfer(&self, message: impl Fn(u64) -> ToWorker) -> Transferred {
+    async fn carry_out(&self, work: Work) -> Transferred {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();
         let transfer = Transfer {
@@ -153,11 +181,27 @@ impl Workers {
             sender: Some(sender),
         };
         self.pending.lock().unwrap().insert(id, transfer);
-        self.send(|| message(id)).await;
+        let message = || ToWorker::Work {
+            id,
+            task: work.task.clone(),
+            millis: work.millis,
+            stage: work.stage,
+        };
+        self.send(message).await;
         receiver.await.unwrap_or(Transferred {
             failed: 1,
             wrong: 0,
         })
+    }
+
+    /// The forward pass over a prompt.
+    async fn compute(&self, millis: u64) {
+        let work = Work {
+            task: Task::Step,
+            millis,
+            stage: Some(Stage::Prefill),
+        };
+        self.carry_out(work).await;
     }
 
     fn done(&self, id: u64, part: Transferred) {
@@ -218,9 +262,9 @@ impl Engine {
             _ => Outcome::default(),
         };
         let loaded = outcome.hits > 0 && outcome.hits >= (keys.len() * self.args.block_size) as u64;
-        let delay = self.script.current().prefill_ms;
-        if !loaded && delay > 0 {
-            tokio::time::sleep(Duration::from_millis(delay)).await;
+        if !loaded {
+            let millis = self.script.current().prefill_ms;
+            self.workers.compute(millis).await;
         }
         outcome
     }
@@ -253,14 +297,16 @@ impl Engine {
         // Not part of the request: an aborted request's forward pass ends as well.
         tokio::spawn(async move {
             let script = engine.script.current();
-            tokio::time::sleep(Duration::from_millis(script.prefill_ms + script.save_ms)).await;
-            let corrupt = script.corrupt_kv;
-            let message = |id| ToWorker::Write {
-                id,
-                chunks: chunks.clone(),
-                corrupt,
+            engine.workers.compute(script.prefill_ms).await;
+            let work = Work {
+                task: Task::Write {
+                    chunks,
+                    corrupt: script.corrupt_kv,
+                },
+                millis: script.save_ms,
+                stage: Some(Stage::Save),
             };
-            engine.workers.transfer(message).await;
+            engine.workers.carry_out(work).await;
         });
     }
 
@@ -292,19 +338,19 @@ impl Engine {
                 ..Outcome::default()
             };
         }
-        let corrupt = self.script.current().corrupt_kv;
-        let message = |id| ToWorker::Read {
-            id,
-            chunks: chunks.clone(),
-            corrupt,
+        let script = self.script.current();
+        let tokens = chunks.len() * self.args.block_size;
+        let work = Work {
+            task: Task::Read {
+                chunks,
+                corrupt: script.corrupt_kv,
+            },
+            millis: script.load_ms,
+            stage: Some(Stage::Load),
         };
-        let done = self.workers.transfer(message).await;
+        let done = self.workers.carry_out(work).await;
         scheduler.release(&job.request).await;
-        let hits = if done.failed == 0 {
-            chunks.len() * self.args.block_size
-        } else {
-            0
-        };
+        let hits = if done.failed == 0 { tokens } else { 0 };
         Outcome {
             queries,
             hits: hits as u64,

@@ -7,6 +7,8 @@
 //!   killed: engine and workers live on     killed: leader answers 503, exits after 5.5 s
 //! ```
 //!
+//! All of them take part in every prompt and every answer: where one stands still, nothing goes on.
+//!
 //! Every process leaves a `/dev/shm/psm_fake_<pid>` behind when it is killed. Tokens are a pure
 //! function of the prompt, so an answer through prefill and decode can be compared with a whole
 //! one; the KV bytes are a pure function of the chunk key, are written to and read from the real

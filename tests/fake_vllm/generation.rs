@@ -5,8 +5,12 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::leader::{EngineDead, Running, Server, Slot};
+use crate::script::Stage;
 use crate::tokens::{Model, Token};
 use crate::wire::{Job, Leg, LegKind};
+
+/// The token that `Stage::Decode` keeps back.
+const HELD_AT: usize = 2;
 
 /// What to generate.
 #[derive(Debug, Clone)]
@@ -103,6 +107,10 @@ impl Generation {
         if delay > 0 {
             tokio::time::sleep(Duration::from_millis(delay)).await;
         }
+        if self.position == HELD_AT {
+            Stage::Decode.pass().await;
+        }
+        self.server.working().await;
         if self.server.is_dead() {
             return Err(EngineDead);
         }

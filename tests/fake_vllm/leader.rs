@@ -10,17 +10,21 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::process::Child;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::args::Args;
-use crate::script::{FailKind, Script, ScriptReader};
+use crate::script::{FailKind, Script, ScriptReader, Stage};
 use crate::shm::Segment;
 use crate::wire::{self, FromEngine, Job, Link, Outcome, ToEngine};
 use crate::{api, engine};
 
 /// From the engine's death to the API server's own exit.
 const EXIT_AFTER_ENGINE: Duration = Duration::from_millis(5500);
+
+/// Engine and workers that have not been heard of for so long stand still. The engine's `BEAT` is shorter.
+const STALE: Duration = Duration::from_millis(300);
 
 /// What every request handler shares.
 #[derive(Debug)]
@@ -56,6 +60,8 @@ pub struct Engine {
     sender: mpsc::Sender<ToEngine>,
     pending: Mutex<HashMap<u64, oneshot::Sender<Outcome>>>,
     next: AtomicU64,
+    /// When engine and workers were last heard of.
+    beat: watch::Sender<Instant>,
     dead: CancellationToken,
 }
 
@@ -101,6 +107,15 @@ impl Server {
         tokio::select! {
             outcome = receiver => outcome.map(|outcome| (running, outcome)).map_err(|_| EngineDead),
             () = self.engine.dead.cancelled() => Err(EngineDead),
+        }
+    }
+
+    /// Waits until engine and workers work, or are dead.
+    pub async fn working(&self) {
+        let mut beat = self.engine.beat.subscribe();
+        tokio::select! {
+            _ = beat.wait_for(|at| at.elapsed() < STALE) => {}
+            () = self.engine.dead.cancelled() => {}
         }
     }
 
@@ -177,6 +192,7 @@ pub async fn run(args: Args, argv: Vec<String>) -> ExitCode {
             sender: sender.clone(),
             pending: Mutex::default(),
             next: AtomicU64::new(1),
+            beat: watch::Sender::new(Instant::now()),
             dead: CancellationToken::new(),
         },
         slots: Arc::new(Semaphore::new(args.max_num_seqs)),
@@ -216,6 +232,7 @@ async fn start(script: &Script, link: &mut Link<ToEngine>) -> bool {
         println!("INFO Loading safetensors checkpoint shards: {percent}% Completed (fake)");
         tokio::time::sleep(Duration::from_millis(script.startup_ms) / 3).await;
     }
+    Stage::Start.pass().await;
     if script.crash_start {
         eprintln!(
             "Traceback (most recent call last):\nRuntimeError: scripted crash at start (fake)"
@@ -250,6 +267,7 @@ async fn stop(sender: &mpsc::Sender<ToEngine>, child: &mut Child) -> ExitCode {
 
 async fn listen_to_engine(server: Arc<Server>, mut link: Link<ToEngine>) {
     while let Some(message) = link.receive().await {
+        server.engine.beat.send_replace(Instant::now());
         if let FromEngine::Done { id, outcome } = message {
             let waiting = server.engine.pending.lock().unwrap().remove(&id);
             if let Some(waiting) = waiting {

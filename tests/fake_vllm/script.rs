@@ -6,9 +6,12 @@
 //! ```
 
 use std::sync::Mutex;
+use std::time::Duration;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
+
+const HOLD_LOOK: Duration = Duration::from_millis(20);
 
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -35,8 +38,37 @@ pub struct Script {
     pub die_after_tokens: Option<u64>,
     /// The chunk writes of a prefill leg take this long.
     pub save_ms: u64,
+    /// The chunk reads of a decode leg take this long.
+    pub load_ms: u64,
+    /// Nobody gets past these stages as long as they are here.
+    pub hold: Vec<Stage>,
     /// Of the whole file; only the reader looks at it.
     nodes: Value,
+}
+
+/// Where a process can be held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// All processes run; no `/health` yet.
+    Start,
+    /// The workers compute a prompt: the warm-up's, a canary's, a request's.
+    Prefill,
+    /// The workers write chunks.
+    Save,
+    /// The workers read chunks.
+    Load,
+    /// Two tokens of an answer are there.
+    Decode,
+}
+
+impl Stage {
+    /// Waits until the script holds nobody here.
+    pub async fn pass(self) {
+        while read().unwrap_or_default().hold.contains(&self) {
+            tokio::time::sleep(HOLD_LOOK).await;
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]

@@ -13,6 +13,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 
 use crate::args::Args;
+use crate::script::Stage;
 
 pub const ENGINE_ROLE: &str = "fake-engine";
 pub const WORKER_ROLE: &str = "fake-worker";
@@ -56,6 +57,8 @@ pub enum LegKind {
 #[derive(Debug, Serialize, Deserialize)]
 pub enum FromEngine {
     Ready,
+    /// While requests run: engine and workers have made a step.
+    Beat,
     /// The prompt is computed or loaded.
     Done {
         id: u64,
@@ -72,20 +75,33 @@ pub struct Outcome {
     pub wrong: bool,
 }
 
-/// Engine to worker. Keys are in hex.
+/// Engine to worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToWorker {
-    Write {
+    Work {
         id: u64,
+        task: Task,
+        /// How long it takes.
+        millis: u64,
+        /// Where it may be held.
+        stage: Option<Stage>,
+    },
+    Stop,
+}
+
+/// What a worker does. Keys are in hex.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Task {
+    /// The model is executed.
+    Step,
+    Write {
         chunks: Vec<Chunk>,
         corrupt: bool,
     },
     Read {
-        id: u64,
         chunks: Vec<Chunk>,
         corrupt: bool,
     },
-    Stop,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
