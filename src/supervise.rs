@@ -11,6 +11,7 @@
 //!
 //! - [`state`](self) (drawn in `state.rs`): what happens next, as a pure function.
 //! - `liveness.rs`: whether a node still works, out of its figures and one token now and then.
+//! - `clock.rs`: the time in which pegaflow itself stood still does not count against a node.
 //! - `external.rs`: nodes that others started; no machine, no guard.
 //! - `gate.rs`: what must be free again before the next incarnation is spawned.
 //! - `guard.rs`: the process that promises that nothing of a node is left, whoever dies.
@@ -34,6 +35,7 @@
 mod backoff;
 mod canary;
 mod child;
+mod clock;
 mod external;
 mod gate;
 mod guard;

@@ -205,6 +205,9 @@ pub(super) struct Held {
     pub(super) observation: Observation,
 }
 
+/// A timer that ends so late was not looked at.
+const OVERSLEPT: Duration = Duration::from_secs(1);
+
 /// The client's end of a stream. Dropped early, it aborts the upstream.
 pub(super) struct ReplyBody {
     first: Option<Bytes>,
@@ -254,6 +257,14 @@ impl ReplyBody {
                 .reset(Instant::now() + self.chunk_timeout);
             self.armed = true;
         }
+        ready!(self.silence.as_mut().poll(cx));
+        if Instant::now() < self.silence.deadline() + OVERSLEPT {
+            return Poll::Ready(());
+        }
+        // pegaflow itself stood still (SIGSTOP, a frozen container), and what the node said is still unread.
+        self.silence
+            .as_mut()
+            .reset(Instant::now() + self.chunk_timeout);
         self.silence.as_mut().poll(cx)
     }
 }

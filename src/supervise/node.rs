@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
+use tokio::time::sleep_until;
 
 use crate::fleet::{FleetPublisher, NodeId};
 use crate::notify::Beat;
@@ -20,6 +21,7 @@ use crate::topology::Secrets;
 use crate::traffic::Traffic;
 
 use super::child::{Incarnation, SpawnSpec, Status, log_path};
+use super::clock::Clock;
 use super::gate::{Baseline, Gate, Look, StoreSessions};
 use super::logs::{LogSink, LogTarget};
 use super::metrics::{SupervisorMetrics, Timing};
@@ -90,6 +92,7 @@ pub struct NodeActor {
     ordered: Option<oneshot::Sender<Result<(), Refusal>>>,
     beat: Beat,
     machine: Machine,
+    clock: Clock,
     life: Option<Incarnation>,
     end: Option<End>,
     oom: OomWatch,
@@ -114,7 +117,8 @@ pub struct NodeActor {
 
 impl NodeActor {
     pub fn new(shared: Arc<Shared>, plan: NodePlan, inbox: Inbox, beat: Beat) -> Self {
-        let machine = Machine::new(shared.plan.clone(), plan.role, Instant::now());
+        let now = Instant::now();
+        let machine = Machine::new(shared.plan.clone(), plan.role, now);
         let timing = Timing::new(shared.metrics.clone());
         Self {
             shared,
@@ -123,6 +127,7 @@ impl NodeActor {
             ordered: None,
             beat,
             machine,
+            clock: Clock::new(now),
             life: None,
             end: None,
             oom: OomWatch::new(Path::new("/")),
@@ -130,7 +135,7 @@ impl NodeActor {
             reaped: 0,
             pid: None,
             log_bytes: 0,
-            weighed: Instant::now(),
+            weighed: now,
             baseline: None,
             looked: None,
             looks: JoinSet::new(),
@@ -150,7 +155,8 @@ impl NodeActor {
                 Some(event) => event,
                 None => self.wait(&mut stop).await,
             };
-            let actions = self.machine.step(event, Instant::now());
+            let now = self.clock.read(Instant::now());
+            let actions = self.machine.step(event, now);
             if actions.contains(&Action::Spawn) {
                 self.incarnation += 1;
             }
@@ -185,7 +191,7 @@ impl NodeActor {
                 Some(call) = self.calls.join_next() => call.ok(),
                 Some(Ok(look)) = self.looks.join_next() => Some(self.looked(look)),
                 Some(tail) = self.burial.join_next() => Some(self.buried(tail.unwrap_or_default())),
-                () = sleep_until(self.machine.deadline()) => Some(self.clock()),
+                () = sleep_until(self.clock.next_look(self.machine.deadline()).into()) => Some(self.tick()),
                 () = self.beat.tick() => continue,
             };
             match event {
@@ -332,13 +338,6 @@ impl NodeActor {
 async fn next_status(life: &mut Option<Incarnation>) -> Status {
     match life {
         Some(life) => life.next().await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn sleep_until(deadline: Option<Instant>) {
-    match deadline {
-        Some(at) => tokio::time::sleep_until(at.into()).await,
         None => std::future::pending().await,
     }
 }

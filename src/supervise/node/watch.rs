@@ -88,7 +88,7 @@ impl NodeActor {
         })
     }
 
-    pub(super) fn clock(&mut self) -> Event {
+    pub(super) fn tick(&mut self) -> Event {
         let now = Instant::now();
         self.oom.observe(now);
         if self.machine.phase() == Phase::Starting && now >= self.weighed + WEIGH_AGAIN {
