@@ -32,7 +32,7 @@ pub use memory::{
     HUGE_PAGE, HugePages, Memlock, MemoryFacts, ShmemThp, memory_available, raise_memlock,
 };
 pub use numa::NumaNode;
-pub use ports::{PORTS_PER_NODE, free_ports};
+pub use ports::{PORTS_PER_NODE, PortRanges, claim_ports};
 
 use crate::topology::PciAddress;
 

@@ -109,7 +109,7 @@ pub struct PlanInputs {
     pub launcher: Launcher,
     pub model: ModelFacts,
     /// The first ports of as many free ranges as [`Plan::ports_needed`] says
-    /// ([`crate::host::free_ports`]).
+    /// ([`crate::host::claim_ports`]).
     pub ports: Vec<u16>,
     /// Where PegaEngine listens.
     pub engine_socket: PathBuf,

@@ -291,7 +291,7 @@ pub enum TopologyErrors {
 }
 
 impl Topology {
-    /// Ports that the file names, for [`crate::host::free_ports`] to avoid.
+    /// Ports that the file names, for [`crate::host::claim_ports`] to avoid.
     pub fn fixed_ports(&self) -> Vec<u16> {
         let nodes = self.nodes.iter().filter_map(|node| node.port);
         nodes.chain([self.router.listen.port()]).collect()

@@ -162,7 +162,7 @@ fn ports(topology: Option<&Topology>) -> Finding {
             topology.fixed_ports(),
         )
     });
-    match host::free_ports(count, &avoid) {
+    match host::claim_ports(count, &avoid) {
         Ok(_) => {
             let of = listen.map_or_else(String::new, |listen| format!("{listen} and "));
             Finding::ok(CHECK, format!("{of}ranges for {count} nodes are free"))
@@ -184,12 +184,8 @@ fn fits(topology: &Topology, host: &HostSnapshot) -> Finding {
             return Finding::new(CHECK, Failed(remedy.to_owned()), error.to_string());
         }
     };
-    let run = Run {
-        topology,
-        run_dir: &run_dir,
-        token: "",
-    };
-    match run.preflight(host) {
+    let run = Run::new(topology, &run_dir, "");
+    match run.and_then(|run| run.preflight(host)) {
         Ok(()) => Finding::ok(CHECK, "fits this machine; `pegaflow plan` shows how"),
         Err(exit) => {
             let remedy = "the text says what to change, for each problem";

@@ -47,11 +47,7 @@ fn report(args: &TopologyArgs) -> Result<Report, Exit> {
     let topology = args.load()?;
     let machine = |error: anyhow::Error| Exit::Machine(error);
     let run_dir = instance::run_dir(&topology.name).map_err(|error| machine(error.into()))?;
-    let run = Run {
-        topology: &topology,
-        run_dir: &run_dir,
-        token: "",
-    };
+    let run = Run::new(&topology, &run_dir, "")?;
     let host = host::look_within(LOOK_LIMIT).map_err(|error| machine(error.into()))?;
     run.preflight(&host)?;
     let mut notes = Vec::new();

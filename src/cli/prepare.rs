@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::{Context, Exit};
-use crate::host::{self, HostSnapshot};
+use crate::host::{self, HostSnapshot, PortRanges};
 use crate::instance;
 use crate::model;
 use crate::plan::{Plan, PlanInputs};
@@ -98,14 +98,27 @@ pub fn guard_program() -> Result<PathBuf, Exit> {
         .map_err(|error| Exit::failed("cannot find pegaflow's own program", error))
 }
 
-/// The secrets and the paths of one run.
+/// The secrets, the paths and the ports of one run.
 pub struct Run<'a> {
-    pub topology: &'a Topology,
-    pub run_dir: &'a Path,
-    pub token: &'a str,
+    topology: &'a Topology,
+    run_dir: &'a Path,
+    token: &'a str,
+    ports: PortRanges,
 }
 
-impl Run<'_> {
+impl<'a> Run<'a> {
+    pub fn new(topology: &'a Topology, run_dir: &'a Path, token: &'a str) -> Result<Self, Exit> {
+        let count = Plan::ports_needed(topology);
+        let ports = host::claim_ports(count, &topology.fixed_ports())
+            .map_err(|error| Exit::Machine(error.into()))?;
+        Ok(Self {
+            topology,
+            run_dir,
+            token,
+            ports,
+        })
+    }
+
     /// What would be wrong whatever the runtime and the model turn out to be: no GPU, no cores.
     pub fn preflight(&self, host: &HostSnapshot) -> Result<(), Exit> {
         let model = ModelFacts {
@@ -124,15 +137,10 @@ impl Run<'_> {
         launcher: Launcher,
         model: ModelFacts,
     ) -> Result<Plan, Exit> {
-        let ports = host::free_ports(
-            Plan::ports_needed(self.topology),
-            &self.topology.fixed_ports(),
-        )
-        .map_err(|error| Exit::Machine(error.into()))?;
         let inputs = PlanInputs {
             launcher,
             model,
-            ports,
+            ports: self.ports.firsts().to_vec(),
             engine_socket: instance::engine_socket(self.run_dir),
             shim_dir: instance::shim_dir(self.run_dir),
             kv_token: self.token.into(),

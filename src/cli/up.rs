@@ -69,11 +69,8 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
 
     let token = format!("{:032x}", rand::random::<u128>());
     let run_dir = instance.dir().to_owned();
-    let run = Run {
-        topology: &topology,
-        run_dir: &run_dir,
-        token: &token,
-    };
+    // Holds the nodes' ports until the end.
+    let run = Run::new(&topology, &run_dir, &token)?;
     // Before the slow part, so that a person does not wait for a download to learn it.
     let host = host_that_fits(&cx, &instance, |host| run.preflight(host)).await?;
     let shim = instance

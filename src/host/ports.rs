@@ -1,7 +1,10 @@
 //! Ports that nodes can listen on.
 
 use std::fs;
+use std::io;
 use std::net::{Ipv4Addr, TcpListener};
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 use super::HostError;
 
@@ -13,16 +16,54 @@ const FIRST: u16 = 10_240;
 /// Where Linux begins to hand out outgoing ports by default.
 const DEFAULT_EPHEMERAL: u16 = 32_768;
 
-/// The first ports of `count` ranges of [`PORTS_PER_NODE`], bindable on 127.0.0.1 a moment ago, and
-/// none of them holding a port of `avoid`.
+/// Ranges of [`PORTS_PER_NODE`] ports. No other pegaflow is given them as long as this lives: a node binds
+/// its port seconds or minutes after it was chosen, and again after each death.
+#[derive(Debug)]
+pub struct PortRanges {
+    firsts: Vec<u16>,
+    _claims: Vec<Claim>,
+}
+
+impl PortRanges {
+    /// The first port of each.
+    pub fn firsts(&self) -> &[u16] {
+        &self.firsts
+    }
+}
+
+/// A range's name among the abstract sockets. Like ports they belong to a network namespace, and the
+/// kernel takes the name back from a process that is killed.
+#[derive(Debug)]
+struct Claim {
+    /// `None`: the kernel does not give such names here.
+    _name: Option<UnixDatagram>,
+}
+
+impl Claim {
+    /// `None`: another pegaflow has it.
+    fn new(first: u16) -> Option<Self> {
+        let name = format!("pegaflow-ports-{first}");
+        let bound = SocketAddr::from_abstract_name(name)
+            .and_then(|address| UnixDatagram::bind_addr(&address));
+        match bound {
+            Ok(socket) => Some(Self {
+                _name: Some(socket),
+            }),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => None,
+            Err(_) => Some(Self { _name: None }),
+        }
+    }
+}
+
+/// `count` ranges, bindable on 127.0.0.1 a moment ago, and none of them holding a port of `avoid`.
 ///
 /// They lie below the ephemeral range, so that no outgoing connection takes one before the node
-/// binds it, and start at a random place, so that two pegaflows seldom meet.
-pub fn free_ports(count: usize, avoid: &[u16]) -> Result<Vec<u16>, HostError> {
+/// binds it, and start at a random place.
+pub fn claim_ports(count: usize, avoid: &[u16]) -> Result<PortRanges, HostError> {
     let range = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
     let candidates = candidates(ephemeral_start(&range));
     let start = rand::random_range(0..candidates.len().max(1));
-    let ports: Vec<u16> = candidates
+    let (firsts, claims): (Vec<u16>, Vec<Claim>) = candidates
         .iter()
         .cycle()
         .skip(start)
@@ -33,16 +74,20 @@ pub fn free_ports(count: usize, avoid: &[u16]) -> Result<Vec<u16>, HostError> {
                 .iter()
                 .any(|port| (*first..*first + PORTS_PER_NODE).contains(port))
         })
-        .filter(|first| is_free(*first) && is_free(*first + 1))
+        .filter_map(|first| Some((first, Claim::new(first)?)))
+        .filter(|(first, _)| is_free(*first) && is_free(*first + 1))
         .take(count)
-        .collect();
-    if ports.len() < count {
+        .unzip();
+    if firsts.len() < count {
         return Err(HostError::Ports {
             wanted: count,
-            found: ports.len(),
+            found: firsts.len(),
         });
     }
-    Ok(ports)
+    Ok(PortRanges {
+        firsts,
+        _claims: claims,
+    })
 }
 
 fn ephemeral_start(range: &str) -> u16 {
@@ -84,7 +129,7 @@ mod tests {
         let all = all();
         let (kept, rest) = all.split_at(all.len() / 2);
         let avoid: Vec<u16> = rest.iter().map(|port| port + 5).collect();
-        let mut ports = free_ports(8, &avoid).unwrap();
+        let mut ports = claim_ports(8, &avoid).unwrap().firsts().to_vec();
         assert_eq!(ports.len(), 8);
         assert!(ports.iter().all(|port| kept.contains(port)), "{ports:?}");
         ports.sort_unstable();
@@ -92,18 +137,28 @@ mod tests {
         assert_eq!(ports.len(), 8);
 
         // A port that somebody listens on is not offered. (One test: binding is not private.)
-        let port = free_ports(1, &[]).unwrap()[0];
+        let port = claim_ports(1, &[]).unwrap().firsts()[0];
         let others: Vec<u16> = all.iter().copied().filter(|other| *other != port).collect();
         let taken = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).unwrap();
-        assert!(matches!(
-            free_ports(1, &others),
-            Err(HostError::Ports {
-                wanted: 1,
-                found: 0
-            })
-        ));
+        let none = || {
+            let found = claim_ports(1, &others);
+            assert!(matches!(
+                found,
+                Err(HostError::Ports {
+                    wanted: 1,
+                    found: 0
+                })
+            ));
+        };
+        none();
         drop(taken);
-        assert_eq!(free_ports(1, &others).unwrap(), [port]);
+
+        // Nor is one that was given to somebody, who has not bound it yet.
+        let claimed = claim_ports(1, &others).unwrap();
+        assert_eq!(claimed.firsts(), [port]);
+        none();
+        drop(claimed);
+        assert_eq!(claim_ports(1, &others).unwrap().firsts(), [port]);
     }
 
     #[test]
