@@ -32,6 +32,7 @@ pub use kv::{ArenaPlan, KvPlan, NumaPlan, PageKind, PoolPlan};
 pub use memory::MemoryEstimate;
 use problem::Found;
 pub use problem::{PlanErrors, PlanProblem};
+pub use render::ranges;
 pub use report::Report;
 
 /// Everything that `up` needs.

@@ -11,6 +11,25 @@ pub(super) fn table(plan: &Plan) -> String {
     columns(&rows.collect::<Vec<_>>())
 }
 
+/// `0-3,8` for numbers in ascending order.
+pub fn ranges<T: Copy + TryInto<u64>>(numbers: &[T]) -> String {
+    let mut runs: Vec<(u64, u64)> = Vec::new();
+    for number in numbers
+        .iter()
+        .filter_map(|number| (*number).try_into().ok())
+    {
+        match runs.last_mut() {
+            Some((_, last)) if last.checked_add(1) == Some(number) => *last = number,
+            _ => runs.push((number, number)),
+        }
+    }
+    let texts = runs.iter().map(|(first, last)| match first == last {
+        true => first.to_string(),
+        false => format!("{first}-{last}"),
+    });
+    texts.collect::<Vec<_>>().join(",")
+}
+
 /// Cells one below the other.
 pub(super) fn columns<const N: usize>(rows: &[[String; N]]) -> String {
     let mut widths = [0; N];

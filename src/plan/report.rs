@@ -6,7 +6,7 @@ use std::fmt::Write;
 use bytesize::ByteSize;
 use serde::Serialize;
 
-use super::render::columns;
+use super::render::{columns, ranges};
 use super::{ArenaPlan, MemoryEstimate, NodePlan, NumaPlan, PageKind, Plan, redact};
 use crate::fleet::Role;
 use crate::host::HostSnapshot;
@@ -223,28 +223,6 @@ fn pages(arena: &ArenaPlan) -> Vec<&'static str> {
         PageKind::Normal => "normal",
     };
     arena.pages.iter().map(word).collect()
-}
-
-/// `0-3,8` for numbers in ascending order.
-fn ranges<T: Copy + TryInto<u64>>(numbers: &[T]) -> String {
-    let mut ranges: Vec<(u64, u64)> = Vec::new();
-    for number in numbers
-        .iter()
-        .filter_map(|number| (*number).try_into().ok())
-    {
-        match ranges.last_mut() {
-            Some((_, last)) if *last + 1 == number => *last = number,
-            _ => ranges.push((number, number)),
-        }
-    }
-    let ranges: Vec<String> = ranges
-        .into_iter()
-        .map(|(first, last)| match first == last {
-            true => first.to_string(),
-            false => format!("{first}-{last}"),
-        })
-        .collect();
-    ranges.join(",")
 }
 
 /// As a shell takes it.

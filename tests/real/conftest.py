@@ -1,10 +1,12 @@
 """Fixtures of the end-to-end tests: one fleet and one reference node for all of test_e2e.py."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import machine
 from pegaflow import BINARY, ROOT, Fleet, Reference
 from prompts import ask, prompt
 
@@ -28,13 +30,28 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory):
-    fleet = Fleet(CPU_CONFIG, "http://127.0.0.1:8000", tmp_path_factory.mktemp("fleet"))
+    yield from serving(Fleet(CPU_CONFIG, "http://127.0.0.1:8000", tmp_path_factory.mktemp("fleet")))
+
+
+def serving(fleet: Fleet) -> Iterator[Fleet]:
+    """The body of a fixture: ready at first, and nothing left at the end."""
     try:
-        seconds = fleet.up()
-        print(f"\nready after {seconds:.1f} s")
+        print(f"\nready after {fleet.up():.1f} s")
         yield fleet
     finally:
         fleet.close()
+
+
+def topology(folder: Path, name: str, changes: dict[str, str]) -> tuple[Path, str]:
+    """The shipped CPU topology under this name, at a port of its own, with texts replaced; and its URL."""
+    port = machine.free_port()
+    text = CPU_CONFIG.read_text()
+    for old, new in {'listen = "127.0.0.1:8000"': f'listen = "127.0.0.1:{port}"', **changes}.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    file = folder / f"{name}.toml"
+    file.write_text(f'name = "{name}"\n{text}')
+    return file, f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")

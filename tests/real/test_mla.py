@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import machine
-from conftest import CPU_CONFIG
+from conftest import CPU_CONFIG, topology
 from pegaflow import READY_LIMIT, Fleet, command
 
 HERE = Path(__file__).parent
@@ -21,24 +21,14 @@ def mla_model(scratch: Path) -> Path:
     return out
 
 
-def topology(model: Path, scratch: Path, name: str, extra: str = "") -> tuple[Path, str]:
-    """The shipped CPU topology with this model and a port of its own."""
-    port = machine.free_port()
-    text = CPU_CONFIG.read_text()
-    for old, new in {
-        'model = "builtin:tiny"': f'name = "{name}"\nmodel = "{model}"',
-        'listen = "127.0.0.1:8000"': f'listen = "127.0.0.1:{port}"',
-        "[kv]": f"[kv]\n{extra}",
-    }.items():
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    file = scratch / f"{name}.toml"
-    file.write_text(text)
-    return file, f"http://127.0.0.1:{port}"
+def with_model(model: Path, scratch: Path, name: str, extra: str = "") -> tuple[Path, str]:
+    """The shipped CPU topology with this model."""
+    changes = {'model = "builtin:tiny"': f'model = "{model}"', "[kv]": f"[kv]\n{extra}"}
+    return topology(scratch, name, changes)
 
 
 def test_mla_is_refused_at_plan_time(mla_model: Path, scratch: Path, tmp_path: Path):
-    file, url = topology(mla_model, scratch, "mla-refused")
+    file, url = with_model(mla_model, scratch, "mla-refused")
     fleet = Fleet(file, url, tmp_path)
     try:
         fleet.spawn()
@@ -52,7 +42,7 @@ def test_mla_is_refused_at_plan_time(mla_model: Path, scratch: Path, tmp_path: P
 
 
 def test_canary_refuses_mla_when_the_plan_does_not(mla_model: Path, scratch: Path, tmp_path: Path):
-    file, url = topology(mla_model, scratch, "mla-allowed", "allow_unproven_models = true")
+    file, url = with_model(mla_model, scratch, "mla-allowed", "allow_unproven_models = true")
     fleet = Fleet(file, url, tmp_path)
     try:
         fleet.spawn()

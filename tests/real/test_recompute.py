@@ -20,7 +20,7 @@ import pytest
 
 import machine
 from arena import PAGE, Arena
-from conftest import CPU_CONFIG
+from conftest import serving, topology
 from pegaflow import Fleet, Reference
 from prompts import BLOCK, Exact, ask, full_chunks, leg, prompt
 
@@ -35,26 +35,10 @@ SAVED = "pegaflow_engine_saved_chunks_total"
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory):
-    """The shipped topology with a small store, at a port of its own."""
+    """The shipped topology with a store that is small enough to look at all of it, again and again."""
     folder = tmp_path_factory.mktemp("fleet")
-    port = machine.free_port()
-    text = CPU_CONFIG.read_text()
-    for old, new in {
-        'listen = "127.0.0.1:8000"': f'listen = "127.0.0.1:{port}"',
-        'model = "builtin:tiny"': 'name = "recompute"\nmodel = "builtin:tiny"',
-        # Small enough to look at all of it, again and again.
-        'capacity = "1GiB"': 'capacity = "64MiB"',
-    }.items():
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    file = folder / "recompute.toml"
-    file.write_text(text)
-    fleet = Fleet(file, f"http://127.0.0.1:{port}", folder)
-    try:
-        print(f"\nready after {fleet.up():.1f} s")
-        yield fleet
-    finally:
-        fleet.close()
+    file, url = topology(folder, "recompute", {'capacity = "1GiB"': 'capacity = "64MiB"'})
+    yield from serving(Fleet(file, url, folder))
 
 
 def lives(fleet: Fleet) -> dict[str, tuple[int, int]]:

@@ -1,12 +1,10 @@
 """`[kv] verify = true` on real vLLM: one flipped bit in the arena costs a recomputation, never an answer."""
 
-from pathlib import Path
-
 import pytest
 
 import machine
 from arena import PAGE, Arena
-from conftest import CPU_CONFIG, served_model
+from conftest import served_model, serving, topology
 from pegaflow import Fleet, Reference
 from prompts import BLOCK, ask, full_chunks, leg, prompt
 
@@ -21,26 +19,10 @@ CHUNKS = 10
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory):
-    """The shipped topology with checksums and a small store, at a port of its own."""
-    folder: Path = tmp_path_factory.mktemp("verify")
-    port = machine.free_port()
-    text = CPU_CONFIG.read_text()
-    for old, new in {
-        'listen = "127.0.0.1:8000"': f'listen = "127.0.0.1:{port}"',
-        'model = "builtin:tiny"': 'name = "verify"\nmodel = "builtin:tiny"',
-        # Small enough to look at all of it.
-        'capacity = "1GiB"': 'capacity = "64MiB"\nverify = true',
-    }.items():
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    file = folder / "verify.toml"
-    file.write_text(text)
-    fleet = Fleet(file, f"http://127.0.0.1:{port}", folder)
-    try:
-        print(f"\nready after {fleet.up():.1f} s")
-        yield fleet
-    finally:
-        fleet.close()
+    """The shipped topology with checksums and a store that is small enough to look at all of it."""
+    folder = tmp_path_factory.mktemp("verify")
+    file, url = topology(folder, "verify", {'capacity = "1GiB"': 'capacity = "64MiB"\nverify = true'})
+    yield from serving(Fleet(file, url, folder))
 
 
 def figures(fleet: Fleet) -> dict[str, float]:

@@ -7,6 +7,7 @@ use console::Style;
 
 use crate::control::{NodeStatus, State, Status};
 use crate::host::GpuFigures;
+use crate::plan::ranges;
 
 /// Where the table goes.
 #[derive(Debug, Clone, Copy)]
@@ -131,34 +132,11 @@ fn row(node: &NodeStatus) -> [String; 8] {
 }
 
 fn device(node: &NodeStatus) -> String {
-    if node.gpus.is_empty() {
-        match ranges(node.cpus.iter().copied()) {
-            cpus if cpus.is_empty() => "CPU".to_owned(),
-            cpus => format!("CPU {cpus}"),
-        }
-    } else {
-        let gpus = node
-            .gpus
-            .iter()
-            .map(|gpu| usize::try_from(*gpu).unwrap_or(usize::MAX));
-        format!("GPU {}", ranges(gpus))
-    }
-}
-
-/// `0-3,8`, for numbers in order.
-fn ranges(numbers: impl Iterator<Item = usize>) -> String {
-    let mut runs: Vec<(usize, usize)> = Vec::new();
-    for number in numbers {
-        match runs.last_mut() {
-            Some((_, last)) if last.checked_add(1) == Some(number) => *last = number,
-            _ => runs.push((number, number)),
-        }
-    }
-    let texts = runs.iter().map(|(first, last)| match first == last {
-        true => first.to_string(),
-        false => format!("{first}-{last}"),
-    });
-    texts.collect::<Vec<_>>().join(",")
+    let (kind, numbers) = match node.gpus.is_empty() {
+        true => ("CPU", ranges(&node.cpus)),
+        false => ("GPU", ranges(&node.gpus)),
+    };
+    format!("{kind} {numbers}").trim_end().to_owned()
 }
 
 /// Cuts names and devices where the line would be too long, and returns the columns' widths.

@@ -1,0 +1,145 @@
+//! What does not go together: with another key, another node, or with pegaflow.
+
+use std::path::Path;
+
+use pegaflow::topology::{ProblemKind as Kind, Topology};
+
+use crate::{PD, assert_one, cuda, one, problems, unified, unified_cpu};
+
+#[test]
+fn prefill_and_decode_need_each_other() {
+    assert_one!(unified("").replace("unified", "prefill"), 4:8 "node[0].role", Kind::PrefillWithoutDecode);
+    assert_one!(unified("").replace("unified", "decode"), 4:8 "node[0].role", Kind::DecodeWithoutPrefill);
+    let mixed = cuda(&format!("{PD}[[node]]\nname = \"u\"\nrole = \"unified\"\n"));
+    Topology::parse(&mixed, Path::new("t.toml")).unwrap();
+}
+
+#[test]
+fn names_are_unique_also_when_replicas_are_counted() {
+    let text = cuda(&PD.replace("\"d\"", "\"p\""));
+    assert_one!(text, 7:8 "node[1].name", Kind::DuplicateName { name, .. } if name == "p");
+    let text = unified("name = \"a\"\ncount = 2\n[[node]]\nname = \"a-1\"\nrole = \"unified\"\n");
+    assert_one!(text, 8:8 "node[1].name", Kind::DuplicateName { name, .. } if name == "a-1");
+    let text = unified("name = \"pegaflow\"\n");
+    assert_one!(text, 5:8 "node[0].name", Kind::BadValue { found, .. } if found.contains("pegaflow"));
+}
+
+#[test]
+fn nodes_that_share_kv_must_agree() {
+    assert_one!(
+        cuda(&format!("{PD}tensor_parallel = 2\n")),
+        9:19 "node[1].tensor_parallel",
+        Kind::UnequalTensorParallel { this: 2, theirs: 1, .. }
+    );
+    assert_one!(cuda(&format!("{PD}gpus = [0, 1]\n")), 9:8 "node[1].gpus", Kind::UnequalTensorParallel { .. });
+    assert_one!(
+        cuda(&format!("{PD}args = [\"--kv-cache-dtype\", \"fp8\"]\n")),
+        9:9 "node[1].args[0]",
+        Kind::UnequalFlag { flag: "--kv-cache-dtype", .. }
+    );
+    // A unified node shares nothing.
+    let text = format!("{PD}[[node]]\nrole = \"unified\"\ntensor_parallel = 2\n");
+    Topology::parse(&cuda(&text), Path::new("t.toml")).unwrap();
+}
+
+#[test]
+fn what_must_agree_and_what_must_be_there_holds_for_each_pool() {
+    let pd = |pool: &str, rest: &str| {
+        let key = format!("pool = \"{pool}\"\n{rest}");
+        let named = PD.replace("\"p\"", &format!("\"p-{pool}\""));
+        let named = named.replace("\"d\"", &format!("\"d-{pool}\""));
+        named.replace("[[node]]\n", &format!("[[node]]\n{key}"))
+    };
+    let text = cuda(&[pd("a", ""), pd("b", "tensor_parallel = 2\n")].concat());
+    let topology = Topology::parse(&text, Path::new("t.toml")).unwrap();
+    let pools: Vec<_> = topology.nodes.iter().map(|n| n.pool.as_str()).collect();
+    assert_eq!(pools, ["a", "a", "b", "b"]);
+
+    let apart = PD.replace("role = \"decode\"", "role = \"decode\"\npool = \"b\"");
+    let kinds: Vec<_> = problems(&cuda(&apart)).into_iter().map(|p| p.3).collect();
+    assert!(
+        matches!(
+            kinds[..],
+            [Kind::PrefillWithoutDecode, Kind::DecodeWithoutPrefill]
+        ),
+        "{kinds:?}"
+    );
+    assert_one!(unified("pool = \"a\"\n"), 5:8 "node[0].pool", Kind::Conflict { .. });
+    assert_one!(
+        cuda(&pd("a", "").replacen("\"a\"", "\"A b\"", 1)),
+        4:8 "node[0].pool",
+        Kind::BadValue { .. }
+    );
+}
+
+#[test]
+fn flags_that_are_ours_or_unsupported_are_refused() {
+    for (arg, flag) in [
+        ("--port=1", "--port"),
+        ("--host", "--host"),
+        ("--model", "--model"),
+        ("--kv_transfer_config", "--kv-transfer-config"),
+        ("--block-size", "--block-size"),
+        ("-tp", "-tp"),
+        ("--served-model-name", "--served-model-name"),
+        ("--dtype", "--dtype"),
+        ("--max-model-len", "--max-model-len"),
+    ] {
+        let text = unified(&format!("args = [\"--enforce-eager\", \"{arg}\"]\n"));
+        assert_one!(text, 5:28 "node[0].args[1]", Kind::OwnedFlag { flag: owned, .. } if *owned == flag);
+    }
+    for arg in [
+        "--data-parallel-size=2",
+        "--pipeline-parallel-size=2",
+        "--api-server-count=4",
+        "--uds=x",
+        "--config=x",
+    ] {
+        let text = unified(&format!("args = [\"{arg}\"]\n"));
+        assert_one!(text, 5:9 "node[0].args[0]", Kind::UnsupportedFlag { .. });
+    }
+    let fine = unified("args = [\"--data-parallel-size\", \"1\", \"--max-num-seqs=4\"]\n");
+    Topology::parse(&fine, Path::new("t.toml")).unwrap();
+}
+
+#[test]
+fn environment_that_is_ours_is_refused() {
+    for name in [
+        "CUDA_VISIBLE_DEVICES",
+        "PYTHONHASHSEED",
+        "VLLM_PORT",
+        "PEGAFLOW_X",
+    ] {
+        let text = unified(&format!("[node.env]\n{name} = \"1\"\n"));
+        let (line, column, key, kind) = one(&text);
+        assert_eq!((line, column), (6, 1));
+        assert_eq!(key, format!("node[0].env.{name}"));
+        assert!(matches!(kind, Kind::OwnedEnv { .. }), "{kind:?}");
+    }
+}
+
+#[test]
+fn keys_of_the_other_device_are_refused() {
+    assert_one!(unified_cpu("gpus = \"auto\"\n"), 5:1 "node[0].gpus", Kind::WrongDevice { only: "cuda", .. });
+    assert_one!(unified_cpu("gpu_memory_fraction = 0.5\n"), 5:1 "node[0].gpu_memory_fraction", Kind::WrongDevice { only: "cuda", .. });
+    assert_one!(unified_cpu("gpu_memory_free = \"1GiB\"\n"), 5:1 "node[0].gpu_memory_free", Kind::WrongDevice { only: "cuda", .. });
+    assert_one!(unified_cpu("share_gpus = true\n"), 5:1 "node[0].share_gpus", Kind::WrongDevice { only: "cuda", .. });
+    assert_one!(unified_cpu("cpus = \"all\"\n"), 5:8 "node[0].cpus", Kind::BadValue { .. });
+}
+
+#[test]
+fn combinations_that_contradict_are_refused() {
+    assert_one!(unified("count = 2\ngpus = [0]\n"), 6:8 "node[0].gpus", Kind::Conflict { .. });
+    assert_one!(unified("tensor_parallel = 2\ngpus = 3\n"), 6:8 "node[0].gpus", Kind::Conflict { .. });
+    assert_one!(unified("count = 2\nport = 9000\n"), 6:8 "node[0].port", Kind::Conflict { .. });
+    assert_one!(unified_cpu("tensor_parallel = 2\ncpus = [0, 1, 2]\n"), 6:8 "node[0].cpus", Kind::Conflict { .. });
+    assert_one!(unified_cpu("count = 2\ncpus = [0]\n"), 6:8 "node[0].cpus", Kind::Conflict { .. });
+    assert_one!(unified("[runtime]\npython = \"x\"\n"), 6:1 "runtime.python", Kind::Conflict { .. });
+    assert_one!(unified("[supervisor]\nbackoff_first = \"1h\"\n"), 6:17 "supervisor.backoff_first", Kind::Conflict { .. });
+    assert_one!(unified("port = 8000\n"), 5:8 "node[0].port", Kind::PortCollision { port: 8000, .. });
+    assert_one!(
+        unified("port = 9000\n[[node]]\nname = \"b\"\nrole = \"unified\"\nport = 9000\n"),
+        9:8 "node[1].port",
+        Kind::PortCollision { port: 9000, .. }
+    );
+}
