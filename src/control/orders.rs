@@ -115,9 +115,14 @@ async fn order(
         Verb::Undrain => None,
         Verb::Drain | Verb::Restart => loss(&fleet, &nodes),
     };
+    // A restart is over by itself, and a pair of nodes has no other way to be restarted: it is only told.
     if let (Some(loss), Verb::Drain, false) = (&loss, verb, query.force) {
         let consequence = loss.clone();
         return Err(OrderError::Force { consequence });
+    }
+    let mut notes: Vec<String> = loss.into_iter().collect();
+    if verb == Verb::Restart && nodes.len() > 1 && !notes.is_empty() {
+        notes.push("--rolling restarts them one after the other.".to_owned());
     }
     let command = match verb {
         Verb::Restart => Command::Restart { limit },
@@ -139,7 +144,7 @@ async fn order(
     }
     Ok(Accepted {
         nodes: accepted,
-        notes: loss.into_iter().collect(),
+        notes,
     })
 }
 

@@ -25,6 +25,14 @@ pub async fn told(site: &Site, args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// What a command that succeeds says beside its result.
+pub async fn said(site: &Site, args: &[&str]) -> String {
+    let output = run(site, args).await;
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{args:?}: {errors}");
+    errors
+}
+
 /// The message of a command that fails with `code`.
 pub async fn refused(site: &Site, args: &[&str], code: i32) -> String {
     let output = run(site, args).await;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::commands::{node, refused, status, told};
+use crate::commands::{node, refused, said, status, told};
 use crate::support::client::{Ending, completion, generate, is_proven, streamed};
 use crate::support::load::{Expected, Load, MayBreak, check};
 use crate::support::{self, HANG, Pegaflow, Site, send};
@@ -22,10 +22,15 @@ fn two_decoders() -> Site {
 }
 
 async fn requests(up: &Pegaflow<'_>) -> Vec<Expected> {
+    requests_of(up, "d-0").await
+}
+
+/// What `node` answers by itself is right.
+async fn requests_of(up: &Pegaflow<'_>, node: &str) -> Vec<Expected> {
     let mut requests = Vec::new();
     for seed in 0..8 {
         let body = completion(seed, 40 * seed + 1, 24);
-        let text = up.whole("d-0", &body).await.text;
+        let text = up.whole(node, &body).await.text;
         let body = if seed % 2 == 0 { streamed(body) } else { body };
         requests.push(Expected { body, text });
     }
@@ -55,6 +60,38 @@ async fn a_rolling_restart_under_load_loses_no_request() {
         assert_eq!(view["reason"], "restarted as asked");
         assert!(is_proven(&view), "{view}");
     }
+    up.stop().await;
+}
+
+/// With one node of each role there is no other way: it is not refused, but said what it means.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_node_of_a_role_is_restarted_with_a_word_and_loses_no_request() {
+    let site = Site::new();
+    site.script(r#"{"itl_ms": 5, "prefill_ms": 10}"#);
+    let up = site.up_ready().await;
+    let load = Load::start(&up, &requests_of(&up, "decode").await, 4);
+    for (role, means) in [("decode", "served whole"), ("prefill", "without hand-offs")] {
+        let said = said(&site, &["restart", role, "--limit", "30s"]).await;
+        assert!(said.contains(&format!("No other {role} node")), "{said}");
+        assert!(said.contains(means), "{said}");
+        assert!(!said.contains("--rolling"), "{said}");
+    }
+    check(&load.finish().await, MayBreak::Nothing);
+    up.stop().await;
+
+    // Nothing is left meanwhile: requests wait for it.
+    let site = Site::new();
+    let topology = support::topology(site.port);
+    let (general, _) = topology.split_once("[[node]]").unwrap();
+    let node = "[[node]]\nname = \"u\"\nrole = \"unified\"\ncount = 2\n";
+    site.topology(&format!("{general}{node}").replace("[kv]\ncapacity = \"64MiB\"\n", ""));
+    let up = site.up_ready().await;
+    site.script(r#"{"startup_ms": 1000}"#);
+    let load = Load::start(&up, &requests_of(&up, "u-0").await, 4);
+    let said = said(&site, &["restart", "unified", "--limit", "30s"]).await;
+    assert!(said.contains("requests wait"), "{said}");
+    assert!(said.contains("--rolling"), "{said}");
+    check(&load.finish().await, MayBreak::Nothing);
     up.stop().await;
 }
 
