@@ -16,6 +16,7 @@
 //! - `gate.rs`: what must be free again before the next incarnation is spawned.
 //! - `guard.rs`: the process that promises that nothing of a node is left, whoever dies.
 //! - `sweep.rs`: does the same if the guard itself was killed; and reaps, as a container's first process.
+//! - `orphans.rs`: ends what was left when both were killed, at the next start.
 //! - `canary.rs`: before a node that shares KV is ready, and after each of its restarts, a prompt
 //!   goes P -> store -> D and is compared with what D computes alone.
 //!
@@ -46,6 +47,7 @@ mod node;
 mod obituary;
 mod oom;
 mod orders;
+mod orphans;
 mod probe;
 mod state;
 mod sweep;
@@ -77,6 +79,7 @@ pub use guard::{GuardArgs, guard_main};
 pub use logs::LogSink;
 pub use metrics::SupervisorMetrics;
 pub use orders::{OrderDesk, Orders, orders};
+pub use orphans::{end_orphans, mentions};
 pub use state::{Command, Refusal};
 
 use canary::{Canary, Pace};

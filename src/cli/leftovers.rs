@@ -1,4 +1,5 @@
-//! What a killed run of the same topology still holds of the GPUs.
+//! What a killed run of the same topology has left: processes that nobody ends any more, and memory of the
+//! GPUs.
 //!
 //! After `kill -9` of pegaflow its guards take some seconds to end the nodes, and the driver frees a
 //! dead process's memory a moment later still. An `up` in that time would find its GPUs busy:
@@ -14,17 +15,37 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use nix::unistd::Pid;
 use tokio::time::Instant;
 
 use super::{Context, Exit};
 use crate::host::{GpuHolder, HostSnapshot};
 use crate::instance::Instance;
+use crate::supervise;
 
 /// A guard's grace and kill, and the driver's cleaning up after a large process.
 const PATIENCE: Duration = Duration::from_secs(8);
+/// From SIGKILL to the end of a process with much memory.
+const ORPHANS: Duration = Duration::from_secs(5);
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
 /// `PF_EXITING` of the kernel's `task_struct`.
 const EXITING: u32 = 4;
+
+/// Ends the engines and workers of an earlier run under this name whose guard was killed with it.
+pub async fn end_orphans(cx: &Context, instance: &Instance) -> Result<(), Exit> {
+    let dir = instance.dir().to_owned();
+    let ended = blocking(cx, move || supervise::end_orphans(&dir, ORPHANS)).await?;
+    if ended.gone > 0 {
+        let count = ended.gone;
+        tracing::warn!("ended {count} processes of an earlier run, whose guard was killed with it");
+    }
+    if !ended.stuck.is_empty() {
+        let pids: Vec<String> = ended.stuck.iter().map(i32::to_string).collect();
+        let pids = pids.join(", ");
+        tracing::warn!("processes of an earlier run do not die of SIGKILL: pids {pids}");
+    }
+    Ok(())
+}
 
 /// The machine, once `fits` accepts it. Waits only for what leftovers will free.
 pub async fn host_that_fits(
@@ -141,8 +162,8 @@ impl EarlierRun {
         let Ok(stat) = fs::read(process.join("stat")) else {
             return true;
         };
-        let environment = fs::read(process.join("environ")).unwrap_or_default();
-        is_ending(&String::from_utf8_lossy(&stat)) || contains(&environment, &self.shim)
+        let id = Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX));
+        is_ending(&String::from_utf8_lossy(&stat)) || supervise::mentions(id, &self.shim)
     }
 }
 
@@ -155,10 +176,6 @@ fn is_ending(stat: &str) -> bool {
     let state = fields.first().copied();
     let flags = fields.get(6).and_then(|flags| flags.parse::<u32>().ok());
     matches!(state, Some("Z" | "X")) || flags.is_some_and(|flags| flags & EXITING != 0)
-}
-
-fn contains(text: &[u8], part: &[u8]) -> bool {
-    !part.is_empty() && text.windows(part.len()).any(|window| window == part)
 }
 
 /// The machine as it will be.

@@ -21,7 +21,7 @@ use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::task::{JoinError, JoinHandle, JoinSet};
 
-use super::leftovers::host_that_fits;
+use super::leftovers::{end_orphans, host_that_fits};
 use super::prepare::{Installed, Run, guard_program, install};
 use super::ready::{self, Start};
 use super::{Context, Exit};
@@ -56,6 +56,7 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
         _ => Exit::Machine(error.into()),
     })?;
     let own_log = own_log(&cx, &topology, &instance)?;
+    end_orphans(&cx, &instance).await?;
     let listen = topology.router.listen;
     let listener = TcpListener::bind(listen).await.map_err(|error| {
         let what =

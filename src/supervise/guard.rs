@@ -101,6 +101,8 @@ pub fn guard_main(args: GuardArgs) -> ExitCode {
 }
 
 fn run(args: GuardArgs) -> Result<(), GuardError> {
+    // `pkill pegaflow` is to spare who cleans up after pegaflow. Fails for no valid name.
+    let _ = prctl::set_name(c"pega-guard");
     // Fails only for a process group leader, which then has a group of its own already.
     let _ = setsid();
     prctl::set_child_subreaper(true).map_err(GuardError::Subreaper)?;

@@ -23,6 +23,7 @@ mod interrupted;
 mod kills;
 mod leaving;
 mod orders;
+mod orphans;
 mod pid_one;
 mod restarts;
 mod scoreboard;

@@ -3,12 +3,17 @@
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 
+use super::super::orphans::end_orphans;
+
+/// Beside the time that the guard's own tree has taken, users are promised five seconds.
+const ORPHANS: Duration = Duration::from_secs(2);
 const LOCK: &str = "lock";
 
-/// Removes a dead pegaflow's run directory, unless a new pegaflow or another guard has its lock.
+/// Ends what nobody else can, and removes a dead pegaflow's run directory, unless a new pegaflow or another guard has its lock.
 /// A directory without a lock file is not ours and stays.
 pub fn remove_run_dir(dir: &Path) {
     let path = dir.join(LOCK);
@@ -25,6 +30,8 @@ pub fn remove_run_dir(dir: &Path) {
     if (named.dev(), named.ino()) != (locked.dev(), locked.ino()) {
         return;
     }
+    // Of nodes whose guards were killed with pegaflow. What is stuck is left to the next `up`.
+    let _ = end_orphans(dir, ORPHANS);
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_name() == LOCK {
             continue;

@@ -109,7 +109,8 @@ fn isolate() -> Result<(), Errno> {
     mount(Some("tmpfs"), SHM, Some("tmpfs"), flags, Some("mode=1777"))
 }
 
-fn mapped_by(pid: Pid) -> Vec<(PathBuf, u64)> {
+/// Files in /dev/shm that a process maps, and their inodes.
+pub fn mapped_by(pid: Pid) -> Vec<(PathBuf, u64)> {
     let maps = fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
     String::from_utf8_lossy(&maps)
         .lines()
