@@ -47,6 +47,20 @@ struct Load {
     suspect: bool,
 }
 
+/// How busy a node is at one moment, to be compared with another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Glance {
+    in_flight: usize,
+    turn: u64,
+}
+
+impl Glance {
+    /// The node had a request of a client at some moment from this glance to the `later` one.
+    pub fn busy_until(self, later: Self) -> bool {
+        self.in_flight > 0 || later.in_flight > 0 || self.turn != later.turn
+    }
+}
+
 /// One request at one node; counted until this is dropped.
 #[derive(Debug)]
 pub struct Passage {
@@ -122,6 +136,14 @@ impl Traffic {
                 return;
             }
             suspected.await;
+        }
+    }
+
+    pub fn glance(&self, node: &NodeId) -> Glance {
+        let load = self.lock().nodes.get(node).copied().unwrap_or_default();
+        Glance {
+            in_flight: load.in_flight,
+            turn: load.turn,
         }
     }
 
@@ -249,6 +271,20 @@ mod tests {
             let again = futures_util::FutureExt::now_or_never(traffic.suspected(id));
             assert!(again.is_none());
         }
+    }
+
+    #[test]
+    fn a_request_between_two_glances_is_seen() {
+        let (traffic, nodes) = (Traffic::default(), nodes(&["a"]));
+        let a = nodes[0].id.clone();
+        let idle = traffic.glance(&a);
+        assert!(!idle.busy_until(traffic.glance(&a)));
+        let (_, held) = choose(&traffic, &nodes);
+        let during = traffic.glance(&a);
+        drop(held);
+        let after = traffic.glance(&a);
+        assert!(idle.busy_until(during) && during.busy_until(after) && idle.busy_until(after));
+        assert!(!after.busy_until(traffic.glance(&a)));
     }
 
     #[test]

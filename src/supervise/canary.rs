@@ -21,6 +21,7 @@ use tokio::time::Instant;
 
 use crate::fleet::{FleetSnapshot, FleetWatch, KvTrust, NodeId, NodeView, Phase, Role};
 use crate::handoff::HandoffBoard;
+use crate::traffic::Traffic;
 
 use super::CanaryPlan;
 use super::node::{Finding, Verdict};
@@ -38,6 +39,7 @@ pub struct Canary {
     pub plan: CanaryPlan,
     pub client: NodeClient,
     pub board: HandoffBoard,
+    pub traffic: Traffic,
     pub watch: FleetWatch,
     pub verdicts: BTreeMap<NodeId, mpsc::Sender<Verdict>>,
     pub pace: Pace,
@@ -98,8 +100,9 @@ impl Canary {
             plan: &self.plan,
             client: &self.client,
             board: &self.board,
-            prefill: prefill.addr,
-            decode: decode.addr,
+            traffic: &self.traffic,
+            prefill: (p, prefill.addr),
+            decode: (d, decode.addr),
         };
         let began = Instant::now();
         let lives = [life(prefill), life(decode)];

@@ -116,7 +116,10 @@ impl Generation {
         }
         let (_, model) = self.current.as_ref().unwrap();
         let (choice, position) = (self.choice, self.position);
-        let token = model.token(position);
+        let mut token = model.token(position);
+        if script.batch_noise && self.server.counters.running.load(Ordering::Relaxed) > 1 {
+            token.logprob -= 1e-3;
+        }
         self.position += 1;
         let last = self.position >= self.order.max_tokens;
         if last {

@@ -36,6 +36,8 @@ pub struct Script {
     pub fail: Option<Fail>,
     /// The leader kills itself after this many streamed or collected tokens.
     pub die_after_tokens: Option<u64>,
+    /// With other requests in the batch, logprobs are a little different.
+    pub batch_noise: bool,
     /// The chunk writes of a prefill leg take this long.
     pub save_ms: u64,
     /// The chunk reads of a decode leg take this long.

@@ -1,4 +1,4 @@
-//! How long a restart takes, and where the time goes.
+//! How long a restart takes, where the time goes, and what else goes on meanwhile.
 
 use std::time::{Duration, Instant};
 
@@ -6,6 +6,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::support::client::is_proven;
+use crate::support::load::{Load, MayBreak, check, mixed};
 use crate::support::{self, Pegaflow, Site, send};
 
 const KILLS: u32 = 10;
@@ -61,5 +62,39 @@ async fn what_pegaflow_adds_to_a_restart_is_short() {
     let ours: f64 = means[0] + means[2];
     assert!(ours < 2000.0, "seen and spawn: {ours:.1} ms");
     assert!(means[1] < 5000.0, "gate: {:.1} ms", means[1]);
+    up.stop().await;
+}
+
+/// What else is in a batch changes how its sums are rounded. A node that comes back while its partner
+/// serves is not refused for that, and is for wrong KV.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_busy_partner_is_no_reason_to_refuse_a_node_that_comes_back() {
+    let site = Site::new();
+    site.script(r#"{"itl_ms": 5}"#);
+    let up = site.up_ready().await;
+    let requests = mixed(&up, 12, 64).await;
+    let noise = |more: &str| format!(r#"{{"itl_ms": 5, "batch_noise": true{more}}}"#);
+    site.script(&noise(""));
+    let load = Load::start(&up, &requests, 6);
+    let leader = async || {
+        let view = up.wait_for_node("prefill", is_proven).await;
+        u32::try_from(view["pid"].as_u64().unwrap()).unwrap()
+    };
+    for restarts in 1..=2 {
+        send(leader().await, Signal::SIGKILL);
+        let back = |view: &Value| is_proven(view) && view["restarts"].as_u64() == Some(restarts);
+        up.wait_for_node("prefill", back).await;
+    }
+    site.script(&noise(r#", "startup_ms": 1000"#));
+    send(leader().await, Signal::SIGKILL);
+    up.wait_for_node("prefill", |view| view["phase"] == "starting")
+        .await;
+    site.script(&noise(r#", "nodes": {"prefill": {"corrupt_kv": true}}"#));
+    let view = up
+        .wait_for_node("prefill", |view| view["phase"] == "failed")
+        .await;
+    let why = view["reason"].as_str().unwrap();
+    assert!(why.contains("give different answers"), "{why}");
+    check(&load.finish().await, MayBreak::Nothing);
     up.stop().await;
 }

@@ -1,5 +1,6 @@
 //! A prefill and a decode node of a few lines, to be examined over real sockets.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -28,6 +29,8 @@ const QUICK: Pace = Pace {
 enum Fault {
     None,
     Logprob,
+    /// Far off, as wrong KV is.
+    Far,
     /// Only the first loaded answer is wrong.
     OneLogprob,
     NothingLoaded,
@@ -79,8 +82,13 @@ async fn complete(
         node.hits.fetch_add(3 * BLOCK, Ordering::Relaxed);
     }
     let differs = node.fault == Fault::Logprob || (node.fault == Fault::OneLogprob && call == 0);
-    let wrong = leg == "decode" && differs;
-    let logprob = |id: &u64| -(*id as f64) / 1000.0 - if wrong { 1e-6 } else { 0.0 };
+    let off = match node.fault {
+        _ if leg != "decode" => 0.0,
+        Fault::Far => 0.2,
+        _ if differs => 1e-6,
+        _ => 0.0,
+    };
+    let logprob = |id: &u64| -(*id as f64) / 1000.0 - off;
     let ids = prompt.iter().take(16);
     let tokens: Vec<_> = ids.clone().map(|id| format!("t{id}")).collect();
     let logprobs: Vec<_> = ids.map(logprob).collect();
@@ -103,6 +111,10 @@ struct Pair {
 impl Pair {
     /// `fault` is the decode node's, or the prefill node's where it is about the hand-off.
     async fn examine(fault: Fault, prefill_trust: KvTrust) -> Self {
+        Self::examine_beside(Traffic::default(), fault, prefill_trust).await
+    }
+
+    async fn examine_beside(traffic: Traffic, fault: Fault, prefill_trust: KvTrust) -> Self {
         let board = HandoffBoard::default();
         let mut tasks = JoinSet::new();
         let mut views = Vec::new();
@@ -160,6 +172,7 @@ impl Pair {
             },
             client: NodeClient::new().unwrap(),
             board,
+            traffic,
             watch: fleet.watch(),
             verdicts,
             pace: QUICK,
@@ -201,6 +214,25 @@ async fn a_wrong_logprob_refuses_both() {
         panic!("{trusts:?}");
     };
     assert!(why.contains("give different answers"), "{why}");
+}
+
+/// Other requests in the batch change how sums are rounded; wrong KV is another matter.
+#[tokio::test]
+async fn busy_nodes_may_round_differently_and_are_not_trusted_with_wrong_kv() {
+    for busy in ["p", "d"] {
+        let traffic = Traffic::default();
+        let addr = SocketAddr::from(([127, 0, 0, 1], 1));
+        let node = NodeView::pending(busy.into(), Role::Unified, addr);
+        let (_, _passage) = traffic.choose([&node].into_iter()).unwrap();
+        let beside = |fault| Pair::examine_beside(traffic.clone(), fault, KvTrust::Unproven);
+        let trusts = beside(Fault::Logprob).await.trusts().await;
+        assert_eq!(trusts, (KvTrust::Proven, KvTrust::Proven), "{busy}");
+        let trusts = beside(Fault::Far).await.trusts().await;
+        assert!(
+            matches!(trusts, (KvTrust::Refused(_), KvTrust::Refused(_))),
+            "{busy}"
+        );
+    }
 }
 
 #[tokio::test]
