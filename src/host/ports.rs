@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::io;
-use std::net::{Ipv4Addr, TcpListener};
+use std::net::Ipv4Addr;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+use tokio::net::TcpSocket;
 
 use super::HostError;
 
@@ -111,12 +113,18 @@ fn candidates(ephemeral: u16) -> Vec<u16> {
         .collect()
 }
 
+/// Nobody listens there, and nobody has bound it for later, as vLLM does while it loads its model.
 fn is_free(port: u16) -> bool {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
+    // Without SO_REUSEADDR, which would overlook the latter.
+    let bound =
+        TcpSocket::new_v4().and_then(|socket| socket.bind((Ipv4Addr::LOCALHOST, port).into()));
+    bound.is_ok()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+
     use super::*;
 
     fn all() -> Vec<u16> {
@@ -152,6 +160,12 @@ mod tests {
         };
         none();
         drop(taken);
+        // Nor one that somebody has bound for later.
+        let bound = TcpSocket::new_v4().unwrap();
+        bound.set_reuseaddr(true).unwrap();
+        bound.bind((Ipv4Addr::LOCALHOST, port).into()).unwrap();
+        none();
+        drop(bound);
 
         // Nor is one that was given to somebody, who has not bound it yet.
         let claimed = claim_ports(1, &others).unwrap();

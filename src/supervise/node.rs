@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 
-use crate::fleet::{FleetPublisher, NodeId};
+use crate::fleet::{FleetPublisher, NodeId, Phase};
 use crate::notify::Beat;
 use crate::plan::{NodePlan, SupervisorPlan};
 use crate::shutdown::Shutdown;
@@ -217,8 +217,12 @@ impl NodeActor {
             Action::Spawn => self.spawn(),
             Action::Probe => {
                 let client = self.shared.client.clone();
+                // Once is enough: who listens keeps the port.
+                let starting = self.machine.phase() == Phase::Starting;
+                let root = self.life.as_ref().filter(|_| starting);
+                let root = root.and_then(Incarnation::root);
                 self.calls
-                    .spawn(async move { Event::Probe(client.health(addr).await) });
+                    .spawn(async move { Event::Probe(watch::probe(client, addr, root).await) });
             }
             Action::Pulse => {
                 let client = self.shared.client.clone();

@@ -25,6 +25,7 @@ mod leaving;
 mod orders;
 mod orphans;
 mod pid_one;
+mod ports;
 mod restarts;
 mod scoreboard;
 mod service;

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::net::SocketAddr;
 
 use nix::unistd::{Pid, SysconfVar, sysconf};
 
@@ -92,6 +93,48 @@ pub fn below(processes: &[Process], roots: impl IntoIterator<Item = Pid>) -> Vec
     found.into_iter().collect()
 }
 
+/// Whether a process below `root` is the one that listens at `addr`. `None`: it cannot be told.
+pub fn listens_below(root: Pid, addr: SocketAddr) -> Option<bool> {
+    let table = fs::read_to_string("/proc/net/tcp").ok()?;
+    let sockets = listening(&table, addr.port());
+    if sockets.is_empty() {
+        return None;
+    }
+    let mut known = true;
+    for pid in descendants(root) {
+        match fs::read_dir(format!("/proc/{pid}/fd")) {
+            Ok(entries) => {
+                let mut targets = entries
+                    .flatten()
+                    .filter_map(|entry| fs::read_link(entry.path()).ok());
+                if targets.any(|target| {
+                    sockets
+                        .iter()
+                        .any(|socket| target.as_os_str() == socket.as_str())
+                }) {
+                    return Some(true);
+                }
+            }
+            // It may have ended meanwhile, or be another user's.
+            Err(_) => known = false,
+        }
+    }
+    known.then_some(false)
+}
+
+/// The listening sockets of a port in `/proc/net/tcp`, as links in `/proc/<pid>/fd` name them.
+fn listening(table: &str, port: u16) -> Vec<String> {
+    let port = format!(":{port:04X}");
+    let rows = table.lines().skip(1).filter_map(|row| {
+        let mut fields = row.split_ascii_whitespace();
+        let local = fields.nth(1)?;
+        let state = fields.nth(1)?;
+        let inode = fields.nth(5)?;
+        (local.ends_with(&port) && state == "0A").then(|| format!("socket:[{inode}]"))
+    });
+    rows.collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,6 +156,16 @@ mod tests {
         assert!(!parsed.zombie);
         assert!(parse(7, "7 (x) Z 1 1 1 0").unwrap().zombie);
         assert_eq!(parse(7, "7 (x"), None);
+    }
+
+    #[test]
+    fn listeners_are_found_by_port_and_state() {
+        let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:2710 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4711 1 0 100 0
+   1: 0100007F:2710 0100007F:9C40 01 00000000:00000000 00:00000000 00000000     0        0 4712 1 0 20
+   2: 0100007F:2711 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 4713 1 0 100 0";
+        assert_eq!(listening(table, 10_000), ["socket:[4711]"]);
+        assert!(listening(table, 80).is_empty());
     }
 
     #[test]

@@ -1,19 +1,36 @@
 //! What the actor sees, turned into the machine's events.
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
+
+use nix::unistd::Pid;
 
 use crate::fleet::Phase;
 
 use super::super::child::{Incarnation, Status};
 use super::super::guard::{processes, shm};
 use super::super::obituary::{self, End, Exit};
-use super::super::state::Event;
+use super::super::probe::NodeClient;
+use super::super::state::{Event, Probe};
 use super::super::sweep;
 use super::{Finding, NodeActor, Verdict};
 
 /// It means a look at every process of the machine.
 const WEIGH_AGAIN: Duration = Duration::from_secs(1);
 const SWEEP_LIMIT: Duration = Duration::from_secs(10);
+
+/// With `root`, the guard of a node that starts, an answer counts only if it is the node's own.
+pub(super) async fn probe(client: NodeClient, addr: SocketAddr, root: Option<Pid>) -> Probe {
+    let probe = client.health(addr).await;
+    let (Probe::Healthy, Some(root)) = (probe, root) else {
+        return probe;
+    };
+    let looking = tokio::task::spawn_blocking(move || processes::listens_below(root, addr));
+    match looking.await {
+        Ok(Some(false)) => Probe::Stranger,
+        _ => Probe::Healthy,
+    }
+}
 
 impl NodeActor {
     pub(super) fn reported(&mut self, status: Status) -> Option<Event> {

@@ -48,6 +48,8 @@ pub enum Probe {
     Miss,
     /// No answer in time: perhaps only busy.
     Late,
+    /// Healthy, but another process than the node's listens there.
+    Stranger,
     /// HTTP 503: the API server lives, the engine behind it does not.
     EngineDead,
 }

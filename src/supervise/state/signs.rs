@@ -75,6 +75,10 @@ impl Machine {
                     _ => {}
                 }
             }
+            (Probe::Stranger, State::Starting { .. }) => {
+                let why = "another process answers on its port (`ss -ltnp` names it)";
+                self.trouble = Some(why.to_owned());
+            }
             // A server that is still loading may say 503; its deadline and its exit are watched.
             (_, State::Starting { .. }) => {}
             (Probe::EngineDead, _) => {
@@ -82,10 +86,10 @@ impl Machine {
             }
             (Probe::Late, State::Ready { .. } | State::Draining { .. })
                 if self.late < LATE_PROBES => {}
-            (Probe::Miss | Probe::Late, State::Ready { since }) => {
+            (Probe::Miss | Probe::Stranger | Probe::Late, State::Ready { since }) => {
                 self.state = State::Unreachable { since };
             }
-            (Probe::Miss | Probe::Late, State::Draining { since, until, .. }) => {
+            (Probe::Miss | Probe::Stranger | Probe::Late, State::Draining { since, until, .. }) => {
                 let reachable = false;
                 self.state = State::Draining {
                     since,
@@ -93,7 +97,7 @@ impl Machine {
                     until,
                 };
             }
-            (Probe::Miss | Probe::Late, _) => {}
+            (Probe::Miss | Probe::Stranger | Probe::Late, _) => {}
         }
         vec![]
     }
