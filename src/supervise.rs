@@ -15,6 +15,7 @@
 //! - `external.rs`: nodes that others started; no machine, no guard.
 //! - `gate.rs`: what must be free again before the next incarnation is spawned.
 //! - `guard.rs`: the process that promises that nothing of a node is left, whoever dies.
+//! - `cgroup.rs`: a control group for each node, where that may be: the kernel ends all of it at once.
 //! - `sweep.rs`: does the same if the guard itself was killed; and reaps, as a container's first process.
 //! - `orphans.rs`: ends what was left when both were killed, at the next start.
 //! - `canary.rs`: before a node that shares KV is ready, and after each of its restarts, a prompt
@@ -35,6 +36,7 @@
 
 mod backoff;
 mod canary;
+mod cgroup;
 mod child;
 mod clock;
 mod external;
@@ -73,6 +75,7 @@ use crate::shutdown::Shutdown;
 use crate::topology::Secrets;
 use crate::traffic::Traffic;
 
+pub use cgroup::{CgroupError, Groups};
 pub use external::{ExternalDeps, ExternalNode, watch_external};
 pub use gate::StoreSessions;
 pub use guard::{GuardArgs, guard_main};
@@ -127,6 +130,8 @@ pub struct SupervisorDeps {
     pub metrics: SupervisorMetrics,
     /// `None`: there is no store.
     pub store: Option<Arc<dyn StoreSessions>>,
+    /// `None`: nodes have no control groups of their own.
+    pub groups: Option<Groups>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -168,6 +173,7 @@ pub async fn run(deps: SupervisorDeps, shutdown: Shutdown) -> Result<(), Supervi
         console: deps.console,
         secrets: deps.secrets,
         store: deps.store,
+        groups: deps.groups,
         metrics: deps.metrics,
     });
     let mut actors = Actors::new(deps.fleet.clone());

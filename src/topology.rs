@@ -40,6 +40,7 @@ pub use interpolate::Secrets;
 pub use load::Surroundings;
 pub use memory::{Capacity, HugepageRequest, NumaRequest};
 pub use problem::{Problem, ProblemKind, write_problems};
+pub use read::CgroupRequest;
 pub use schema::schema;
 pub use source::{Place, Source};
 pub use url::{NodeUrl, UrlError};
@@ -212,6 +213,7 @@ pub struct SupervisorSettings {
     pub log_bytes: u64,
     /// Rotated files that are kept.
     pub log_files: u32,
+    pub cgroup: CgroupRequest,
 }
 
 /// One `[[node]]`.

@@ -27,7 +27,7 @@ use pegaflow::shutdown::Shutdown;
 use pegaflow::supervise::{
     self, CanaryPlan, LogSink, OrderDesk, SupervisorDeps, SupervisorError, SupervisorMetrics,
 };
-use pegaflow::topology::Secrets;
+use pegaflow::topology::{CgroupRequest, Secrets};
 use pegaflow::traffic::Traffic;
 
 use supervise_common::{LIMIT, alive, eventually, marker};
@@ -59,6 +59,7 @@ fn quick() -> SupervisorPlan {
         crash_window: Duration::from_secs(600),
         log_bytes: 1 << 20,
         log_files: 5,
+        cgroup: CgroupRequest::Off,
     }
 }
 
@@ -124,6 +125,7 @@ impl Supervised {
             secrets: Secrets::default(),
             metrics: SupervisorMetrics::register(&mut Registry::default()),
             store: None,
+            groups: None,
             vitals: Vitals::default(),
         };
         let task = tokio::spawn(supervise::run(deps, shutdown.clone()));

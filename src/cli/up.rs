@@ -36,7 +36,7 @@ use crate::plan::{Device, Plan};
 use crate::router::{self, KvReady, RouterDeps, RouterMetrics};
 use crate::shutdown::Shutdown;
 use crate::supervise::{
-    self, CanaryPlan, LogSink, StoreSessions, SupervisorDeps, SupervisorMetrics,
+    self, CanaryPlan, Groups, LogSink, StoreSessions, SupervisorDeps, SupervisorMetrics,
 };
 use crate::topology::{OWN_LOG, Topology};
 use crate::traffic::Traffic;
@@ -72,6 +72,11 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
     let run_dir = instance.dir().to_owned();
     // Holds the nodes' ports until the end.
     let run = Run::new(&topology, &run_dir, &token)?;
+    let groups = Groups::find(topology.supervisor.cgroup, &topology.name, &run_dir)
+        .map_err(|error| Exit::Machine(error.into()))?;
+    if let Some(groups) = &groups {
+        groups.end_leftovers().await;
+    }
     // Before the slow part, so that a person does not wait for a download to learn it.
     let host = host_that_fits(&cx, &instance, |host| run.preflight(host)).await?;
     let shim = instance
@@ -87,7 +92,12 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
     }
     cx.console.print(&plan.table());
 
-    let outcome = serve(&cx, &plan, listener, &instance, token).await;
+    let own = Own {
+        instance: &instance,
+        token,
+        groups,
+    };
+    let outcome = serve(&cx, &plan, listener, own).await;
     let released = instance.release();
     outcome?;
     released.map_err(|error| Exit::failed("the run directory was not removed", error))
@@ -109,14 +119,21 @@ fn own_log(cx: &Context, topology: &Topology, instance: &Instance) -> Result<Pat
     Ok(path)
 }
 
-/// Runs the plan until it is told to stop, and takes everything down again.
-async fn serve(
-    cx: &Context,
-    plan: &Plan,
-    listener: TcpListener,
-    instance: &Instance,
+/// What is this run's alone.
+struct Own<'a> {
+    instance: &'a Instance,
+    /// What nodes show to the engine.
     token: String,
-) -> Result<(), Exit> {
+    groups: Option<Groups>,
+}
+
+/// Runs the plan until it is told to stop, and takes everything down again.
+async fn serve(cx: &Context, plan: &Plan, listener: TcpListener, own: Own<'_>) -> Result<(), Exit> {
+    let Own {
+        instance,
+        token,
+        groups,
+    } = own;
     let board = HandoffBoard::default();
     let mut registry = Registry::default();
     let metrics = RouterMetrics::register(&mut registry);
@@ -171,6 +188,7 @@ async fn serve(
         vitals: cx.service.vitals.clone(),
         secrets: plan.secrets.clone(),
         metrics: restarts,
+        groups,
         store: engine.clone().map(|engine| Arc::new(Sessions(engine)) as _),
     };
     let router = RouterDeps {

@@ -11,6 +11,7 @@ use nix::unistd::Pid;
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 
+use super::cgroup::Group;
 use super::guard::clock;
 use super::logs::{LogPump, LogTarget};
 use super::obituary::Exit;
@@ -34,6 +35,8 @@ pub struct SpawnSpec<'a> {
     pub cpus: &'a [usize],
     /// The NUMA nodes whose memory the tree takes first; empty: the kernel's choice.
     pub numa: &'a [u32],
+    /// The control group to run it in.
+    pub group: Option<Group>,
     pub log: LogTarget,
 }
 
@@ -63,6 +66,7 @@ pub struct Incarnation {
     input: Vec<u8>,
     log: LogPump,
     shm: BTreeMap<PathBuf, u64>,
+    group: Option<Group>,
 }
 
 impl Incarnation {
@@ -84,6 +88,9 @@ impl Incarnation {
             let nodes: Vec<_> = spec.numa.iter().map(u32::to_string).collect();
             command.args(["--numa", &nodes.join(",")]);
         }
+        if let Some(group) = &spec.group {
+            command.arg("--cgroup").arg(group.dir());
+        }
         command.arg("--").args(spec.argv);
         for name in crate::notify::VARIABLES {
             command.env_remove(name);
@@ -101,6 +108,7 @@ impl Incarnation {
             input: Vec::new(),
             log,
             shm: BTreeMap::new(),
+            group: spec.group,
         })
     }
 
@@ -141,6 +149,11 @@ impl Incarnation {
     /// The last resort against a guard that does not react; its leader dies with it.
     pub fn kill_guard(&mut self) {
         let _ = self.guard.start_kill();
+    }
+
+    /// What a killed guard can no longer empty and remove.
+    pub fn take_group(&mut self) -> Option<Group> {
+        self.group.take()
     }
 
     /// What a killed guard can no longer remove.

@@ -24,6 +24,7 @@ pub(super) mod processes;
 pub(super) mod shm;
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -39,8 +40,9 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::time::{ClockId, clock_gettime};
-use nix::unistd::{Pid, getpid, getppid, setsid};
+use nix::unistd::{Pid, getpid, getppid, setsid, write};
 
+use super::cgroup::Group;
 use shm::Shm;
 
 /// From pegaflow's death to KILL: the whole tree must be gone within five seconds.
@@ -49,7 +51,7 @@ const SHM_SCAN: Duration = Duration::from_secs(1);
 const KILL_ROUND: Duration = Duration::from_millis(10);
 const MAX_COMMAND: usize = 4096;
 
-/// `pegaflow __guard --node NAME [--run-dir DIR] [--private-shm] [--cpus 0,1] [--numa 0] -- argv...`
+/// `pegaflow __guard --node NAME [--run-dir DIR] [--private-shm] [--cgroup DIR] [--cpus 0,1] [--numa 0] -- argv...`
 #[derive(Debug, clap::Args)]
 pub struct GuardArgs {
     /// Whose guard it is, to be seen in `ps`.
@@ -61,6 +63,9 @@ pub struct GuardArgs {
     /// Give the tree a /dev/shm of its own where the kernel allows it.
     #[arg(long)]
     pub private_shm: bool,
+    /// The control group for the tree; made, emptied and removed by the guard.
+    #[arg(long)]
+    pub cgroup: Option<PathBuf>,
     /// The only cores that the tree may run on.
     #[arg(long, value_delimiter = ',')]
     pub cpus: Vec<usize>,
@@ -110,16 +115,22 @@ fn run(args: GuardArgs) -> Result<(), GuardError> {
     let control = take_control().map_err(GuardError::Control)?;
     let shm = Shm::prepare(args.private_shm);
     place::prefer_memory(&args.numa);
-    let leader = place::confine(&args.cpus).and_then(|()| spawn_leader(&args.argv));
+    let group = args.cgroup.map(Group::at);
+    let leader = place::confine(&args.cpus).and_then(|()| {
+        let door = group.as_ref().and_then(enter);
+        spawn_leader(&args.argv, door)
+    });
     let mut guard = match leader {
-        Ok(leader) => Guard::new(control, leader, shm),
+        Ok(leader) => Guard::new(control, leader, shm, group),
         Err(error) => {
+            group.iter().for_each(Group::remove);
             report(&control, &format!("failed {error}\nempty"));
             return Ok(());
         }
     };
     guard.watch(&signals)?;
     guard.shm.remove_owned();
+    guard.group.iter().for_each(Group::remove);
     report(&guard.control, "empty");
     if let (true, Some(run_dir)) = (guard.orphaned, &args.run_dir) {
         cleanup::remove_run_dir(run_dir);
@@ -150,7 +161,15 @@ fn take_control() -> io::Result<UnixStream> {
     Ok(control)
 }
 
-fn spawn_leader(argv: &[OsString]) -> io::Result<Pid> {
+/// Without one the tree is ended process by process.
+fn enter(group: &Group) -> Option<File> {
+    let dir = group.dir().display();
+    let made = group.make();
+    made.inspect_err(|error| eprintln!("pegaflow guard: no control group {dir}: {error}"))
+        .ok()
+}
+
+fn spawn_leader(argv: &[OsString], door: Option<File>) -> io::Result<Pid> {
     let Some((program, arguments)) = argv.split_first() else {
         return Err(io::Error::new(ErrorKind::InvalidInput, "no program given"));
     };
@@ -161,12 +180,15 @@ fn spawn_leader(argv: &[OsString]) -> io::Result<Pid> {
         // std keeps the parent's mask, and the guard's would make the leader deaf to TERM.
         sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
         prctl::set_pdeathsig(Signal::SIGKILL)?;
+        if let Some(door) = &door {
+            write(door, b"0")?;
+        }
         if getppid() != guard {
             return Err(ErrorKind::BrokenPipe.into());
         }
         Ok(())
     };
-    // SAFETY: between fork and exec the closure only makes system calls (sigprocmask, prctl,
+    // SAFETY: between fork and exec the closure only makes system calls (sigprocmask, prctl, write,
     // getppid); it allocates nothing and takes no lock.
     #[expect(unsafe_code, reason = "the death signal must be set in the child")]
     let child = unsafe { command.pre_exec(in_leader) }.spawn();
@@ -191,10 +213,11 @@ struct Guard {
     /// pegaflow is dead.
     orphaned: bool,
     shm: Shm,
+    group: Option<Group>,
 }
 
 impl Guard {
-    fn new(control: UnixStream, leader: Pid, shm: Shm) -> Self {
+    fn new(control: UnixStream, leader: Pid, shm: Shm, group: Option<Group>) -> Self {
         report(&control, &format!("spawned {leader}"));
         Self {
             control,
@@ -205,6 +228,7 @@ impl Guard {
             mode: Mode::Running,
             orphaned: false,
             shm,
+            group,
         }
     }
 
@@ -229,6 +253,7 @@ impl Guard {
             };
             self.note(&tree);
             if matches!(self.mode, Mode::Killing) {
+                self.group.iter().for_each(Group::kill);
                 for pid in tree {
                     // Gone already: the next round will not see it.
                     let _ = kill(pid, Signal::SIGKILL);

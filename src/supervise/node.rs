@@ -20,6 +20,7 @@ use crate::shutdown::Shutdown;
 use crate::topology::Secrets;
 use crate::traffic::Traffic;
 
+use super::cgroup::Groups;
 use super::child::{Incarnation, SpawnSpec, Status, log_path};
 use super::clock::Clock;
 use super::gate::{Baseline, Gate, Look, StoreSessions};
@@ -54,6 +55,7 @@ pub struct Shared {
     pub console: Arc<dyn LogSink>,
     pub secrets: Secrets,
     pub store: Option<Arc<dyn StoreSessions>>,
+    pub groups: Option<Groups>,
     pub metrics: SupervisorMetrics,
 }
 
@@ -317,6 +319,7 @@ impl NodeActor {
             env,
             cpus: &self.plan.cpus,
             numa: &self.plan.numa,
+            group: self.shared.groups.as_ref().map(|all| all.of(&self.plan.id)),
             log: LogTarget {
                 node: self.plan.id.clone(),
                 path: log_path(&self.shared.log_dir, &self.plan.id),

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::plan::SupervisorPlan;
+use crate::topology::CgroupRequest;
 
 pub fn plan() -> SupervisorPlan {
     SupervisorPlan {
@@ -17,5 +18,6 @@ pub fn plan() -> SupervisorPlan {
         crash_window: Duration::from_secs(1800),
         log_bytes: 1 << 20,
         log_files: 5,
+        cgroup: CgroupRequest::Off,
     }
 }

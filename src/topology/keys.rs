@@ -158,6 +158,7 @@ pub(super) const SUPERVISOR: Table = Table {
         key("crash_window", Duration, Is("\"30m\""), "In which crash_limit counts deaths."),
         key("log_bytes", Size, Is("\"32MiB\""), "Of one log file before it is rotated; at least 1MiB."),
         key("log_files", Integer(1, 100, 1), Is("5"), "Rotated log files that are kept of each node, beside the current one."),
+        key("cgroup", OneOf(&["auto", "off", "require"]), Is("\"auto\""), "auto: each node gets a control group (version 2) of its own where pegaflow may make some. off: none. require: refused where it may not."),
     ],
 };
 

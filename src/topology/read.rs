@@ -28,6 +28,15 @@ const GIB: u64 = 1 << 30;
 /// Limits that only keep typing errors out.
 const MANY: i128 = 1_000_000;
 
+/// `cgroup`: whether each node gets a control group of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CgroupRequest {
+    /// Where pegaflow may make some.
+    Auto,
+    Off,
+    Require,
+}
+
 pub(super) fn topology(document: &DeTable<'_>, findings: &mut Findings<'_>) -> Topology {
     let file = findings.source.file().to_owned();
     let base = file.parent().unwrap_or(Path::new("")).to_owned();
@@ -253,7 +262,13 @@ fn supervisor(top: &mut Section<'_, '_, '_, '_>) -> SupervisorSettings {
         crash_window: section.seconds("crash_window", 30 * 60),
         log_bytes: section.get("log_bytes", size).unwrap_or(32 * MIB),
         log_files: section.get("log_files", integer(1..=100)).unwrap_or(5),
+        cgroup: section.get("cgroup", cgroup).unwrap_or(CgroupRequest::Auto),
     }
+}
+
+fn cgroup(value: &DeValue<'_>) -> Result<CgroupRequest, ProblemKind> {
+    use CgroupRequest::{Auto, Off, Require};
+    one_of(value, &[("auto", Auto), ("off", Off), ("require", Require)])
 }
 
 fn nodes(top: &mut Section<'_, '_, '_, '_>, device: Device) -> Vec<NodeSettings> {

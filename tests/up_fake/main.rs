@@ -8,6 +8,7 @@
 )]
 
 mod census;
+mod cgroups;
 mod commands;
 mod cycles;
 mod detach;

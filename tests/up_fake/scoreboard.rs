@@ -15,8 +15,8 @@ use crate::support::client::{is_proven, metric};
 use crate::support::load::{Load, MayBreak, check, mixed};
 use crate::support::{self, Pegaflow, Site, send};
 
-/// Kills of each kind.
-const ROUNDS: u32 = 10;
+/// Kills of each kind and node.
+const ROUNDS: u32 = 5;
 const NODES: [&str; 2] = ["prefill", "decode"];
 
 /// Samples of one figure, in milliseconds.

@@ -61,12 +61,18 @@ impl NodeActor {
                     life.kill_guard();
                     let node = self.plan.id.clone();
                     self.burial.spawn(async move {
-                        let shm = life.take_shm();
+                        let (shm, group) = (life.take_shm(), life.take_group());
+                        if let Some(group) = &group {
+                            group.kill();
+                        }
                         let tail = life.finish().await;
                         while !sweep::sweep(SWEEP_LIMIT).await {
                             tracing::error!("node {node}: processes survive being killed");
                         }
                         shm::remove(shm);
+                        if let Some(group) = group {
+                            group.remove();
+                        }
                         tail
                     });
                 }
