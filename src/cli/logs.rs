@@ -69,12 +69,14 @@ fn from_files(args: &LogsArgs, name: Option<String>) -> Result<(), Exit> {
     let Some((name, dir)) = found else {
         return Err(Exit::NotRunning(anyhow!("there are no logs")));
     };
-    note(&format!(
-        "{name} has no nodes now; its logs are in {}",
-        dir.display()
-    ));
     let failed = |error| Exit::failed("cannot read the logs", error);
     let nodes = observe::logs_in(&dir).map_err(failed)?;
+    let own = match nodes.iter().any(|node| node == OWN_LOG) {
+        true => format!("; `pegaflow logs {OWN_LOG}` is its own of when it ran in the background"),
+        false => String::new(),
+    };
+    let dir_shown = dir.display();
+    note(&format!("{name} has no nodes now; its logs are in {dir_shown}{own}"));
     let nodes = match &args.node {
         None => nodes.into_iter().filter(|node| node != OWN_LOG).collect(),
         Some(node) if nodes.contains(node) => vec![node.clone()],

@@ -369,14 +369,16 @@ impl Drop for AbortOnDrop {
 }
 
 /// The banner goes to stdout, for the person and for scripts that wait for it; all else is on stderr. A
-/// detached pegaflow has its log in place of both, and tells its launcher.
+/// detached pegaflow has its launcher and its log for both.
 fn announce(console: &Console, banner: &str) {
     console.flush();
+    if console.is_detached() {
+        return console.ready(banner);
+    }
     let mut stdout = std::io::stdout().lock();
     // A closed stdout is no reason to stop serving.
     let _ = writeln!(stdout, "\n{banner}");
     let _ = stdout.flush();
-    console.ready(banner);
 }
 
 /// The nodes' output on pegaflow's console.

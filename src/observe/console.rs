@@ -161,9 +161,10 @@ impl Console {
         }
     }
 
-    /// The same; nothing more is told.
+    /// The same; nothing more is told. The log has it, too.
     pub fn ready(&self, banner: &str) {
         let banner = banner.to_owned();
+        self.enqueue(Shown::Text(banner.clone()));
         self.end_link(Word::Ready { banner });
     }
 

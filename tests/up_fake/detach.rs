@@ -11,6 +11,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::commands::{status, told};
+use crate::helpers::Work;
 use crate::support::client::{Ending, completion, generate};
 use crate::support::{self, HANG, Pegaflow, Site, processes, send};
 use crate::wait_until;
@@ -195,6 +196,46 @@ async fn a_signal_to_the_launcher_stops_what_it_started() {
         assert!(output.contains("error: interrupted before"), "{output}");
         site.assert_nothing_left(Duration::from_secs(1)).await;
     }
+}
+
+/// Long before there are nodes: the launcher shows how far it is, and Ctrl-C ends it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_download_is_shown_and_can_be_interrupted() {
+    let site = Work::Download.site();
+    site.hang();
+    let mut launcher = site.start(site.command(&DETACH));
+    launcher.wait_for_log("model: looking for owner/name").await;
+    wait_until(async || site.path("stuck").exists(), "the helper hangs").await;
+    assert_eq!(status(&site).await["state"], "preparing");
+    launcher.signal(Signal::SIGINT);
+    assert_eq!(launcher.wait(PROMPT).await.code(), Some(130));
+    site.assert_nothing_left(Duration::from_secs(1)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_json_every_line_is_an_object_here_and_in_the_log() {
+    let site = Site::new();
+    let json = ["up", "-d", "--log-format", "json", "topology.toml"];
+    let (code, stdout, stderr) = run(site.command(&json)).await;
+    assert_eq!(code, 0, "{stderr}");
+    assert!(stdout.contains("pegaflow is ready"), "{stdout}");
+    assert!(!stderr.is_empty());
+    for line in stderr.lines() {
+        let line: Value = serde_json::from_str(line).unwrap_or_else(|_| panic!("{line}"));
+        assert!(line.is_object(), "{line}");
+    }
+    let (_, log) = name_and_log(&site, site.port);
+    let own = fs::read_to_string(log).unwrap();
+    assert!(own.contains("pegaflow is ready"), "{own}");
+    for line in own.lines() {
+        serde_json::from_str::<Value>(line).unwrap_or_else(|_| panic!("{line}"));
+    }
+    down(&site).await;
+    // Of an instance that has ended, pegaflow's own words are to be found too.
+    let output = site.command(&["logs"]).output().unwrap();
+    let hint = String::from_utf8(output.stderr).unwrap();
+    assert!(hint.contains("pegaflow logs pegaflow"), "{hint}");
+    assert!(told(&site, &["logs", "pegaflow"]).await.contains("is ready"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
