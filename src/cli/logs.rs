@@ -76,7 +76,9 @@ fn from_files(args: &LogsArgs, name: Option<String>) -> Result<(), Exit> {
         false => String::new(),
     };
     let dir_shown = dir.display();
-    note(&format!("{name} has no nodes now; its logs are in {dir_shown}{own}"));
+    note(&format!(
+        "{name} has no nodes now; its logs are in {dir_shown}{own}"
+    ));
     let nodes = match &args.node {
         None => nodes.into_iter().filter(|node| node != OWN_LOG).collect(),
         Some(node) if nodes.contains(node) => vec![node.clone()],

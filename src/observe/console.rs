@@ -165,6 +165,7 @@ impl Console {
     pub fn ready(&self, banner: &str) {
         let banner = banner.to_owned();
         self.enqueue(Shown::Text(banner.clone()));
+        self.flush();
         self.end_link(Word::Ready { banner });
     }
 

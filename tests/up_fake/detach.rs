@@ -235,7 +235,11 @@ async fn in_json_every_line_is_an_object_here_and_in_the_log() {
     let output = site.command(&["logs"]).output().unwrap();
     let hint = String::from_utf8(output.stderr).unwrap();
     assert!(hint.contains("pegaflow logs pegaflow"), "{hint}");
-    assert!(told(&site, &["logs", "pegaflow"]).await.contains("is ready"));
+    assert!(
+        told(&site, &["logs", "pegaflow"])
+            .await
+            .contains("is ready")
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

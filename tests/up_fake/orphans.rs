@@ -16,17 +16,17 @@ fn guards(pegaflow: u32) -> Vec<u32> {
     guards
 }
 
-/// Kills pegaflow and `with`, none of which lives to see another's death. Returns what is left.
+/// Kills pegaflow and the guards `with`, none of which sees another's death. Returns what is left.
 async fn kill_at_once(site: &Site, pegaflow: u32, with: &[u32]) -> BTreeSet<u32> {
-    for guard in with {
-        send(*guard, Signal::SIGSTOP);
+    for pid in with.iter().chain([&pegaflow]) {
+        send(*pid, Signal::SIGSTOP);
     }
-    send(pegaflow, Signal::SIGKILL);
     for guard in with {
         send(*guard, Signal::SIGKILL);
     }
     let killed = || with.iter().all(|guard| !processes::is_alive(*guard));
     wait_until(async || killed(), "the guards are dead").await;
+    send(pegaflow, Signal::SIGKILL);
     // Guards that were spared end their nodes.
     tokio::time::sleep(support::GONE_LIMIT).await;
     site.processes()
