@@ -45,6 +45,10 @@ impl End {
             Exit::Signal(number) if number == Signal::SIGKILL as i32 => {
                 format!("{exit}, not by pegaflow (`dmesg` may say more)")
             }
+            // Pages of a file that has no room: shared memory is such a file.
+            Exit::Signal(number) if number == Signal::SIGBUS as i32 => {
+                format!("{exit}: most often /dev/shm is full (`df /dev/shm`)")
+            }
             _ => exit,
         }
     }
@@ -189,6 +193,8 @@ mod tests {
         let obituary = write_of(Exit::Signal(11), &["hello"]);
         assert!(obituary.text.contains("SIGSEGV"));
         assert_eq!(obituary.mendable, Mendable::Perhaps);
+        let no_room = write_of(Exit::Signal(7), &[]);
+        assert!(no_room.text.contains("/dev/shm"));
         let silent = write_of(Exit::Code(2), &[]);
         assert_eq!(silent.mendable, Mendable::Perhaps);
     }

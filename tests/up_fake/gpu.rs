@@ -268,6 +268,27 @@ async fn a_stranger_that_came_since_does_not_delay_a_restart() {
     up.stop().await;
 }
 
+/// The driver fails, then hangs, then its library is gone: nothing waits for it for long.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_returns_without_a_driver_that_could_be_asked() {
+    let site = gpu_site(Library::Scripted(&free_gpus()));
+    let up = site.up_ready().await;
+    for restarts in 1..=3 {
+        match restarts {
+            1 => set_gpus(&site, "broken\n"),
+            2 => set_gpus(&site, &("hang\n".to_owned() + &free_gpus())),
+            _ => fs::remove_file(site.path("nvml/libnvidia-ml.so.1")).unwrap(),
+        }
+        send(leader(&up, "decode").await, Signal::SIGKILL);
+        let back = |view: &Value| is_proven(view) && view["restarts"] == restarts;
+        up.wait_for_node("decode", back).await;
+        let answer = up.generate(&with_model(completion(1, 100, 4))).await;
+        assert_eq!(answer.ending, Ending::Complete);
+    }
+    assert_eq!(up.node("prefill").await["restarts"], 0);
+    up.stop().await;
+}
+
 /// The shipped topology with other text in it.
 fn edit(site: &Site, old: &str, new: &str) {
     let file = site.path("topology.toml");

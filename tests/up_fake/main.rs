@@ -28,6 +28,7 @@ mod orphans;
 mod pid_one;
 mod ports;
 mod restarts;
+mod scarce;
 mod scoreboard;
 mod service;
 mod serving;
