@@ -27,6 +27,7 @@ mod error;
 mod handoff;
 mod legs;
 mod metrics;
+mod proxy;
 mod routes;
 mod server;
 mod split;
@@ -143,6 +144,7 @@ impl Context {
 /// One request, parsed.
 struct Call<'a> {
     endpoint: split::Endpoint,
+    target: legs::Target<'a>,
     caller: &'a legs::Caller,
     fields: &'a body::Fields<'a>,
     original: &'a Bytes,

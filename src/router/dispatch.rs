@@ -97,7 +97,7 @@ pub(super) async fn deliver(
         }
         let leg = Leg {
             caller: call.caller,
-            endpoint: call.endpoint,
+            target: call.target,
             suffix: suffix(choice.attempts),
             body: body_for(&pick, call, &task),
         };

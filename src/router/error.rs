@@ -1,6 +1,7 @@
 //! Everything that can go wrong, and what the client is told: the one place where errors become
 //! HTTP, in OpenAI's shape `{"error":{"message","type","param","code"}}`.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::time::Duration;
 
@@ -10,6 +11,7 @@ use http::{HeaderValue, Method, StatusCode, header};
 
 use super::body::BodyError;
 use super::legs::LegError;
+use super::stream::Last;
 use crate::fleet::NodeId;
 
 /// Why the router could not run, or could not answer a request.
@@ -21,6 +23,12 @@ pub enum RouterError {
     Client(#[source] reqwest::Error),
     #[error("there is no {path} here; try /v1/chat/completions, /v1/completions or /v1/models")]
     NotFound { path: String },
+    #[error("there is no model `{id}` here, but {}", listed(known))]
+    NoModel { id: String, known: BTreeSet<String> },
+    #[error(
+        "websockets and /v1/realtime are not served here; use an endpoint that streams events, such as /v1/responses"
+    )]
+    Websocket,
     #[error("{path} does not take {method}")]
     MethodNotAllowed { method: Method, path: String },
     #[error("{0}")]
@@ -58,7 +66,8 @@ impl RouterError {
     pub(super) fn status(&self) -> StatusCode {
         match self {
             Self::Listener(_) | Self::Client(_) => StatusCode::INTERNAL_SERVER_ERROR,
-            Self::NotFound { .. } => StatusCode::NOT_FOUND,
+            Self::NotFound { .. } | Self::NoModel { .. } => StatusCode::NOT_FOUND,
+            Self::Websocket => StatusCode::NOT_IMPLEMENTED,
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Body(_) => StatusCode::BAD_REQUEST,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
@@ -76,6 +85,8 @@ impl RouterError {
             Self::Listener(_) => "listener",
             Self::Client(_) => "client",
             Self::NotFound { .. } => "not_found",
+            Self::NoModel { .. } => "model_not_found",
+            Self::Websocket => "websocket",
             Self::MethodNotAllowed { .. } => "method_not_allowed",
             Self::Body(_) => "invalid_body",
             Self::BodyTooLarge { .. } => "body_too_large",
@@ -116,10 +127,23 @@ impl IntoResponse for RouterError {
 }
 
 /// The event that ends a stream which cannot go on. There is no `[DONE]` after it.
-pub(super) fn error_event(error: &LegError) -> Bytes {
+pub(super) fn error_event(error: &LegError, last: Last) -> Bytes {
     let message = format!("the stream broke off: {error}");
     let json = error_json(&message, StatusCode::BAD_GATEWAY, error.label());
-    format!("data: {json}\n\n").into()
+    match last {
+        Last::Done => format!("data: {json}\n\n"),
+        // Streams of named events: Anthropic's clients look for the name, OpenAI's for the type.
+        Last::Body => format!("event: error\ndata: {json}\n\n"),
+    }
+    .into()
+}
+
+fn listed(models: &BTreeSet<String>) -> String {
+    let quoted: Vec<_> = models.iter().map(|id| format!("`{id}`")).collect();
+    match quoted.as_slice() {
+        [] => "none is known yet".to_owned(),
+        models => models.join(", "),
+    }
 }
 
 fn error_json(message: &str, status: StatusCode, code: &str) -> String {
@@ -131,6 +155,8 @@ fn error_json(message: &str, status: StatusCode, code: &str) -> String {
         _ => "server_error",
     };
     serde_json::json!({
+        // Where Anthropic's clients, and those of OpenAI's responses, look.
+        "type": "error", "code": code, "message": message,
         "error": {"message": message, "type": kind, "param": null, "code": code}
     })
     .to_string()
@@ -153,7 +179,7 @@ mod tests {
 
     #[test]
     fn the_error_event_is_one_event_in_openai_shape() {
-        let event = error_event(&LegError::Truncated);
+        let event = error_event(&LegError::Truncated, Last::Done);
         let json = event.strip_prefix(b"data: ").unwrap();
         let json: serde_json::Value = serde_json::from_slice(json).unwrap();
         assert_eq!(json["error"]["code"], "truncated");

@@ -152,7 +152,7 @@ impl Attempt {
         let ticket = cx.board.register(HandoffId::random());
         let leg = Leg {
             caller: call.caller,
-            endpoint: call.endpoint,
+            target: call.target,
             suffix: if number == 0 { "-p" } else { "-p2" },
             body: split::prefill_body(call.fields, ticket.id()),
         };

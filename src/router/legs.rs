@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use axum::body::Body;
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use http_body_util::{BodyExt, Limited};
 use tokio::time::{Instant, timeout_at};
 
 use super::balance::Pick;
 use super::split::Endpoint;
-use super::stream::{EventStream, FirstEvents};
+use super::stream::{EventStream, FirstEvents, Last};
 use crate::fleet::{FleetSnapshot, FleetWatch, Phase};
 
 /// Bytes of a reply that is not streamed.
@@ -19,8 +19,13 @@ const MAX_REPLY: usize = 64 << 20;
 const EXCERPT: usize = 300;
 /// A node of ours closes idle connections after 5 s (uvicorn's default); we do it before.
 const POOL_IDLE: Duration = Duration::from_secs(4);
-const PASSED_ON: [header::HeaderName; 3] = [
+const PASSED_ON: [header::HeaderName; 8] = [
+    header::ACCEPT,
     header::AUTHORIZATION,
+    header::CONTENT_TYPE,
+    header::HeaderName::from_static("anthropic-beta"),
+    header::HeaderName::from_static("anthropic-version"),
+    header::HeaderName::from_static("x-api-key"),
     header::HeaderName::from_static("traceparent"),
     header::HeaderName::from_static("tracestate"),
 ];
@@ -100,7 +105,7 @@ pub(super) struct Caller {
 
 impl Caller {
     /// Takes the client's `X-Request-Id` if it is usable as a part of ours, else makes one.
-    pub(super) fn new(headers: &HeaderMap) -> Self {
+    pub(super) fn new(headers: &HeaderMap, endpoint: Endpoint) -> Self {
         let usable = |id: &&str| {
             (1..=128).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic())
         };
@@ -109,15 +114,16 @@ impl Caller {
             Some(id) => id.to_owned(),
             None => format!("{:016x}", rand::random::<u64>()),
         };
-        let mut passed = HeaderMap::with_capacity(PASSED_ON.len() + 2);
-        passed.insert(
-            header::CONTENT_TYPE,
-            HeaderValue::from_static("application/json"),
-        );
+        let mut passed = HeaderMap::with_capacity(PASSED_ON.len() + 1);
         for name in PASSED_ON {
             if let Some(value) = headers.get(&name) {
                 passed.insert(name, value.clone());
             }
+        }
+        // Whatever the client called it: we have read it as JSON.
+        if endpoint != Endpoint::Other {
+            let json = HeaderValue::from_static("application/json");
+            passed.insert(header::CONTENT_TYPE, json);
         }
         Self {
             id,
@@ -131,10 +137,20 @@ impl Caller {
     }
 }
 
+/// Where at a node.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Target<'a> {
+    pub(super) method: &'a Method,
+    /// With the query.
+    pub(super) path: &'a str,
+    /// How a streamed answer to this ends.
+    pub(super) last: Last,
+}
+
 /// What is sent to a node.
 pub(super) struct Leg<'a> {
     pub(super) caller: &'a Caller,
-    pub(super) endpoint: Endpoint,
+    pub(super) target: Target<'a>,
     /// Appended to the caller's id.
     pub(super) suffix: &'a str,
     pub(super) body: Bytes,
@@ -217,10 +233,11 @@ impl Client {
         pick: &Pick,
         leg: Leg<'_>,
     ) -> impl Future<Output = Result<Reply, LegError>> + Send + 'static {
+        let last = leg.target.last;
         let request = self.request(pick, leg);
         let limit = self.first_byte_timeout;
         async move {
-            timeout_at(Instant::now() + limit, read_reply(request))
+            timeout_at(Instant::now() + limit, read_reply(request, last))
                 .await
                 .unwrap_or(Err(LegError::FirstByteTimeout(limit)))
         }
@@ -232,12 +249,17 @@ impl Client {
         if let Ok(id) = HeaderValue::from_str(&id) {
             headers.insert(REQUEST_ID, id);
         }
-        let url = format!("http://{}{}", pick.addr, leg.endpoint.path());
-        self.http.post(url).headers(headers).body(leg.body)
+        let url = format!("http://{}{}", pick.addr, leg.target.path);
+        let request = self.http.request(leg.target.method.clone(), url);
+        let request = request.headers(headers);
+        if leg.body.is_empty() {
+            return request;
+        }
+        request.body(leg.body)
     }
 }
 
-async fn read_reply(request: reqwest::RequestBuilder) -> Result<Reply, LegError> {
+async fn read_reply(request: reqwest::RequestBuilder, last: Last) -> Result<Reply, LegError> {
     let response = request.send().await.map_err(LegError::from_client)?;
     let (parts, body) = http::Response::from(response).into_parts();
     let content_type = parts.headers.get(header::CONTENT_TYPE).cloned();
@@ -245,7 +267,7 @@ async fn read_reply(request: reqwest::RequestBuilder) -> Result<Reply, LegError>
         .as_ref()
         .is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
     if is_events && parts.status.is_success() {
-        let mut rest = EventStream::new(body);
+        let mut rest = EventStream::new(body, last);
         return match rest.first().await? {
             FirstEvents::Error { code, text } if !(400..500).contains(&code) => {
                 Err(LegError::InStream(excerpt(&text)))

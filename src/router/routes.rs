@@ -3,10 +3,11 @@
 //! | path | |
 //! |---|---|
 //! | `POST /v1/completions`, `POST /v1/chat/completions` | see [`super`] |
-//! | `GET /v1/models` | answered here, once for the fleet |
+//! | `GET /v1/models`, `GET /v1/models/{id}` | answered here, once for the fleet |
 //! | `GET /health` | 200 when a request can be served now, else 503 with Retry-After |
 //! | `GET /status` | the fleet and what is in flight, as JSON |
 //! | `GET /metrics` | Prometheus text |
+//! | others of vLLM | see [`super::proxy`] |
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -14,11 +15,12 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{Request, State};
+use axum::extract::{Path, Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, body::HttpBody};
 use bytes::Bytes;
+use http::uri::PathAndQuery;
 use http::{HeaderValue, Method, StatusCode, Uri, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde_json::json;
@@ -28,11 +30,11 @@ use super::body::Fields;
 use super::dispatch::{Delivery, Task, deliver};
 use super::error::RouterError;
 use super::handoff::{Stage, prefill};
-use super::legs::{Caller, CompleteReply, Reply, head};
+use super::legs::{Caller, CompleteReply, Reply, Target, head};
 use super::metrics::{Observation, Outcome};
 use super::split::{Endpoint, WholeReason, never_split};
-use super::stream::{Held, ReplyBody};
-use super::{Call, Context};
+use super::stream::{Held, Last, ReplyBody};
+use super::{Call, Context, proxy};
 use crate::fleet::Role;
 
 /// From a request's head to the end of its body.
@@ -45,28 +47,38 @@ pub(super) fn routes(cx: Arc<Context>) -> Router {
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat))
         .route("/v1/models", get(models))
+        .route("/v1/models/{*id}", get(model))
         .route("/health", get(health))
         .route("/status", get(status))
         .route("/metrics", get(metrics))
-        .fallback(not_found)
+        .fallback(proxy::pass_on)
         .method_not_allowed_fallback(method_not_allowed)
         .with_state(cx)
 }
 
 async fn completions(State(cx): Shared, request: Request) -> Response {
-    generate(cx, Endpoint::Completions, request).await
+    serve(cx, Endpoint::Completions, request).await
 }
 
 async fn chat(State(cx): Shared, request: Request) -> Response {
-    generate(cx, Endpoint::Chat, request).await
+    serve(cx, Endpoint::Chat, request).await
 }
 
-async fn generate(cx: Arc<Context>, endpoint: Endpoint, request: Request) -> Response {
+pub(super) async fn serve(cx: Arc<Context>, endpoint: Endpoint, request: Request) -> Response {
     let mut observation = Observation::start(&cx.metrics, endpoint);
     let (parts, body) = request.into_parts();
-    let caller = Caller::new(&parts.headers);
+    let caller = Caller::new(&parts.headers, endpoint);
+    let (method, path) = (&parts.method, parts.uri.path_and_query());
     let arrival = Arrival {
         endpoint,
+        target: Target {
+            method,
+            path: path.map_or("/", PathAndQuery::as_str),
+            last: match endpoint {
+                Endpoint::Completions | Endpoint::Chat => Last::Done,
+                Endpoint::Other => Last::Body,
+            },
+        },
         caller: &caller,
         body,
     };
@@ -85,6 +97,7 @@ async fn generate(cx: Arc<Context>, endpoint: Endpoint, request: Request) -> Res
 
 struct Arrival<'a> {
     endpoint: Endpoint,
+    target: Target<'a>,
     caller: &'a Caller,
     body: Body,
 }
@@ -106,9 +119,14 @@ async fn answer(
 ) -> Result<Answer, RouterError> {
     let permit = cx.admission.enter(&cx.fleet).await?;
     let original = read_body(arrival.body, cx.plan.max_body).await?;
-    let fields = Fields::parse(&original)?;
+    let fields = match arrival.endpoint {
+        // It need not be JSON.
+        Endpoint::Other => Fields::parse(&original).unwrap_or_default(),
+        Endpoint::Completions | Endpoint::Chat => Fields::parse(&original)?,
+    };
     let call = Call {
         endpoint: arrival.endpoint,
+        target: arrival.target,
         caller: arrival.caller,
         fields: &fields,
         original: &original,
@@ -188,23 +206,39 @@ async fn read_body(body: Body, limit: usize) -> Result<Bytes, RouterError> {
 }
 
 async fn models(State(cx): Shared) -> Response {
-    let fleet = cx.fleet.borrow().clone();
-    let ids: BTreeSet<&str> = match &cx.served_model {
-        Some(model) => [model.as_str()].into(),
-        None => fleet
-            .nodes()
-            .flat_map(|node| node.models.iter().map(String::as_str))
-            .collect(),
-    };
-    let models = ids.into_iter().map(|id| {
+    let models: Vec<_> = cx.models().iter().map(|id| cx.model(id)).collect();
+    Json(json!({"object": "list", "data": models})).into_response()
+}
+
+async fn model(State(cx): Shared, Path(id): Path<String>) -> Response {
+    let known = cx.models();
+    if known.contains(&id) {
+        return Json(cx.model(&id)).into_response();
+    }
+    RouterError::NoModel { id, known }.into_response()
+}
+
+impl Context {
+    /// What clients may write in `model`.
+    fn models(&self) -> BTreeSet<String> {
+        match &self.served_model {
+            Some(model) => [model.clone()].into(),
+            None => {
+                let fleet = self.fleet.borrow();
+                let models = fleet.nodes().flat_map(|node| node.models.iter());
+                models.cloned().collect()
+            }
+        }
+    }
+
+    fn model(&self, id: &str) -> serde_json::Value {
         json!({
             "id": id,
             "object": "model",
-            "created": cx.started,
+            "created": self.started,
             "owned_by": "pegaflow",
         })
-    });
-    Json(json!({"object": "list", "data": models.collect::<Vec<_>>()})).into_response()
+    }
 }
 
 async fn health(State(cx): Shared) -> Response {
@@ -266,12 +300,6 @@ async fn metrics(State(cx): Shared) -> Response {
         text,
     )
         .into_response()
-}
-
-async fn not_found(uri: Uri) -> RouterError {
-    RouterError::NotFound {
-        path: uri.path().to_owned(),
-    }
 }
 
 async fn method_not_allowed(method: Method, uri: Uri) -> RouterError {

@@ -16,25 +16,21 @@ const MARK: &str = "pegaflow";
 const EXTRA_ARGS: &str = "vllm_xargs";
 const OUTPUT_LIMITS: [&str; 3] = ["max_tokens", "max_completion_tokens", "max_output_tokens"];
 
-/// The generating endpoints.
+/// What a client asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Endpoint {
     Completions,
     Chat,
+    /// Passed on as it is.
+    Other,
 }
 
 impl Endpoint {
-    pub(super) fn path(self) -> &'static str {
-        match self {
-            Self::Completions => "/v1/completions",
-            Self::Chat => "/v1/chat/completions",
-        }
-    }
-
     pub(super) fn label(self) -> &'static str {
         match self {
             Self::Completions => "completions",
             Self::Chat => "chat",
+            Self::Other => "other",
         }
     }
 }
@@ -53,6 +49,8 @@ pub(super) enum WholeReason {
     BestOf,
     /// Several prompts in one request.
     Batch,
+    /// Not a completion and not a chat.
+    OtherEndpoint,
     /// No prompt that we know how to prefill; the node says what is wrong with it.
     NoPrompt,
 }
@@ -68,6 +66,7 @@ impl WholeReason {
             Self::BeamSearch => "beam_search",
             Self::BestOf => "best_of",
             Self::Batch => "batch",
+            Self::OtherEndpoint => "other_endpoint",
             Self::NoPrompt => "no_prompt",
         }
     }
@@ -75,6 +74,9 @@ impl WholeReason {
 
 /// Why this request is never split, whatever the fleet looks like.
 pub(super) fn never_split(endpoint: Endpoint, fields: &Fields<'_>) -> Option<WholeReason> {
+    if endpoint == Endpoint::Other {
+        return Some(WholeReason::OtherEndpoint);
+    }
     let number = |key: &str| fields.present(key).and_then(as_number);
     let few = |key: &&str| number(key).is_some_and(|limit| limit <= 1.0);
     if OUTPUT_LIMITS.iter().any(few) {
@@ -98,7 +100,7 @@ pub(super) fn never_split(endpoint: Endpoint, fields: &Fields<'_>) -> Option<Who
     }
     match endpoint {
         Endpoint::Chat if fields.present("messages").is_none() => Some(WholeReason::NoPrompt),
-        Endpoint::Chat => None,
+        Endpoint::Chat | Endpoint::Other => None,
         Endpoint::Completions if fields.present("prompt_embeds").is_some() => {
             Some(WholeReason::NoPrompt)
         }

@@ -37,6 +37,15 @@ pub(super) enum FirstEvents {
     },
 }
 
+/// How a stream ends that is whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Last {
+    /// With `data: [DONE]`.
+    Done,
+    /// As its HTTP body does; what its last event is, is not known here.
+    Body,
+}
+
 /// Whole events from a node.
 pub(super) struct EventStream {
     upstream: reqwest::Body,
@@ -44,10 +53,10 @@ pub(super) struct EventStream {
 }
 
 impl EventStream {
-    pub(super) fn new(upstream: reqwest::Body) -> Self {
+    pub(super) fn new(upstream: reqwest::Body, last: Last) -> Self {
         Self {
             upstream,
-            splitter: Splitter::default(),
+            splitter: Splitter::new(last),
         }
     }
 
@@ -99,13 +108,21 @@ impl EventStream {
 }
 
 /// Cuts a byte stream after whole events.
-#[derive(Default)]
 struct Splitter {
     partial: BytesMut,
+    last: Last,
     done: bool,
 }
 
 impl Splitter {
+    fn new(last: Last) -> Self {
+        Self {
+            partial: BytesMut::new(),
+            last,
+            done: false,
+        }
+    }
+
     /// The events that `chunk` completes.
     fn push(&mut self, chunk: Bytes) -> Result<Option<Bytes>, LegError> {
         let events = if self.partial.is_empty() {
@@ -132,11 +149,11 @@ impl Splitter {
     /// After the last chunk. `Ok(None)`: the stream was complete.
     fn finish(&mut self) -> Result<Option<Bytes>, LegError> {
         let rest = std::mem::take(&mut self.partial);
-        if !rest.is_empty() && ends_with_done(&rest) {
+        if !rest.is_empty() && (self.last == Last::Body || ends_with_done(&rest)) {
             self.done = true;
             return Ok(Some(rest.freeze()));
         }
-        if self.done {
+        if self.done || self.last == Last::Body {
             Ok(None)
         } else {
             Err(LegError::Truncated)
@@ -296,6 +313,7 @@ impl Body for ReplyBody {
         let Some((stream, _)) = &mut this.running else {
             return Poll::Ready(None);
         };
+        let last = stream.splitter.last;
         let error = match stream.poll_events(cx) {
             Poll::Ready(Some(Ok(events))) => {
                 this.armed = false;
@@ -318,7 +336,7 @@ impl Body for ReplyBody {
             tracing::warn!(node = %held.pick.node(), %error, "a stream broke off");
         }
         this.end(Outcome::BrokenOff);
-        Poll::Ready(Some(Ok(Frame::data(error_event(&error)))))
+        Poll::Ready(Some(Ok(Frame::data(error_event(&error, last)))))
     }
 }
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 
+import httpx
 import pytest
 
 import load
@@ -48,6 +49,52 @@ def test_openai_client_gets_a_streamed_chat(fleet: Fleet, model: str):
     assert len(chunks) > 4, "the answer came in one piece"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert chunks[-1].choices[0].finish_reason in ("length", "stop")
+
+
+def said(response: httpx.Response) -> str:
+    """The text of an answer of /v1/responses or /v1/messages, streamed or not."""
+    if response.headers["content-type"].startswith("text/event-stream"):
+        events = [json.loads(line[5:]) for line in response.text.splitlines() if line.startswith("data: {")]
+        assert not any(event.get("type") == "error" for event in events), response.text
+        deltas = [
+            event["delta"] for event in events if str(event.get("type", "")).endswith(("text.delta", "block_delta"))
+        ]
+        return "".join(delta if isinstance(delta, str) else delta.get("text", "") for delta in deltas)
+    reply = response.json()
+    parts = reply["content"] if "content" in reply else reply["output"][-1]["content"]
+    return "".join(part["text"] for part in parts)
+
+
+def test_other_endpoints_answer_as_a_plain_node_does(fleet: Fleet, reference: Reference, model: str):
+    talk = "Tell me about rivers and stones, please. " * 8
+    asked = [
+        ("/v1/responses", {"input": talk, "max_output_tokens": 12, "temperature": 0}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": talk}], "max_tokens": 12, "temperature": 0}),
+    ]
+    with httpx.Client(timeout=60) as http:
+        for path, body in asked:
+            for stream in (False, True):
+                whole = {**body, "model": model, "stream": stream}
+                ours, right = (http.post(url + path, json=whole) for url in (fleet.url, reference.url))
+                assert (ours.status_code, right.status_code) == (200, 200), ours.text + right.text
+                assert said(ours) == said(right) != "", f"{path}, stream {stream}"
+        tokens = {"model": model, "prompt": talk}
+        ours, right = (http.post(url + "/tokenize", json=tokens) for url in (fleet.url, reference.url))
+        assert ours.json() == right.json()
+        assert ours.json()["count"] > 10
+        refused = http.post(fleet.url + "/v1/embeddings", json={"model": model, "input": "x"})
+        assert (
+            refused.status_code == http.post(reference.url + "/v1/embeddings", json={"input": "x"}).status_code != 200
+        )
+    counted = 'pegaflow_router_requests_total{endpoint="other",outcome="ok"'
+    assert (
+        sum(
+            float(line.split()[-1])
+            for line in httpx.get(f"{fleet.url}/metrics", timeout=30).text.splitlines()
+            if line.startswith(counted)
+        )
+        >= 5
+    )
 
 
 def test_bit_exact_and_every_full_chunk_loaded(fleet: Fleet, reference: Reference, model: str):

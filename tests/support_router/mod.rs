@@ -79,7 +79,9 @@ pub enum Kv {
 
 #[derive(Debug, Clone)]
 pub struct Seen {
+    pub method: String,
     pub path: String,
+    pub query: Option<String>,
     pub headers: HeaderMap,
     pub body: Value,
 }
@@ -182,9 +184,12 @@ impl Node {
         let (parts, body) = request.into_parts();
         let body = axum::body::to_bytes(body, 1 << 26).await.unwrap();
         let seen = Seen {
+            method: parts.method.to_string(),
             path: parts.uri.path().to_owned(),
+            query: parts.uri.query().map(str::to_owned),
             headers: parts.headers,
-            body: serde_json::from_slice(&body).unwrap(),
+            // Not every endpoint's is JSON.
+            body: serde_json::from_slice(&body).unwrap_or_default(),
         };
         self.active.send_modify(|active| *active += 1);
         let active = Active(self.active.clone());

@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 
 fn all(chunks: &[&[u8]]) -> (Vec<u8>, Result<(), LegError>) {
-    let mut splitter = Splitter::default();
+    let mut splitter = Splitter::new(Last::Done);
     let mut out = Vec::new();
     for chunk in chunks {
         match splitter.push(Bytes::copy_from_slice(chunk)) {
@@ -38,7 +38,7 @@ fn done_counts_only_at_a_line_start() {
 
 #[test]
 fn an_event_without_an_end_is_bounded() {
-    let mut splitter = Splitter::default();
+    let mut splitter = Splitter::new(Last::Done);
     let chunk = Bytes::from(vec![b'x'; MAX_EVENT]);
     assert!(matches!(splitter.push(chunk), Ok(None)));
     let more = splitter.push(Bytes::from_static(b"x"));
