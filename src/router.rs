@@ -25,6 +25,7 @@ mod body;
 mod dispatch;
 mod error;
 mod handoff;
+mod keys;
 mod legs;
 mod metrics;
 mod proxy;
@@ -50,6 +51,7 @@ use crate::shutdown::Shutdown;
 use crate::traffic::Traffic;
 
 pub use error::RouterError;
+pub use keys::{ApiKeys, KeysError};
 pub use legs::LegError;
 pub use metrics::RouterMetrics;
 
@@ -64,6 +66,8 @@ pub struct RouterDeps {
     pub traffic: Traffic,
     /// For prefill nodes that others started.
     pub kv_ready: KvReady,
+    /// Whom to let in; `None`: everybody.
+    pub keys: Option<ApiKeys>,
     pub metrics: RouterMetrics,
     /// What `GET /metrics` prints.
     pub registry: Arc<Registry>,
@@ -91,6 +95,11 @@ pub async fn serve(
     let mut beat = deps.vitals.part("the router");
     let cx = Arc::new(Context::new(deps, &shutdown)?);
     let routes = routes::routes(cx.clone());
+    if let Some(keys) = cx.keys.clone() {
+        let stop = cx.stop.clone();
+        cx.background
+            .spawn(async move { stop.run_until_cancelled(keys.follow()).await });
+    }
     server::run(listener, routes, &cx.plan, &shutdown, &mut beat).await?;
     cx.stop.cancel();
     cx.background.close();
@@ -103,6 +112,7 @@ struct Context {
     plan: RouterPlan,
     served_model: Option<String>,
     kv_ready: KvReady,
+    keys: Option<ApiKeys>,
     fleet: FleetWatch,
     board: HandoffBoard,
     metrics: RouterMetrics,
@@ -132,6 +142,7 @@ impl Context {
             plan: deps.plan,
             served_model: deps.served_model,
             kv_ready: deps.kv_ready,
+            keys: deps.keys,
             fleet: deps.fleet,
             board: deps.board,
             traffic: deps.traffic,

@@ -149,10 +149,15 @@ pub struct KvSettings {
     pub canary_logprob_tolerance: f64,
 }
 
+/// The variable for API keys, with commas between them; beside [`RouterSettings::api_keys`].
+pub const API_KEYS: &str = "PEGAFLOW_API_KEYS";
+
 /// `[router]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RouterSettings {
     pub listen: SocketAddr,
+    /// A file of API keys, one a line; without it, and without the variable, everybody may come.
+    pub api_keys: Option<PathBuf>,
     pub connect_timeout: Duration,
     /// From sending a leg to its response head (for a stream) or whole reply.
     pub first_byte_timeout: Duration,
@@ -177,6 +182,7 @@ impl Default for RouterSettings {
         let seconds = Duration::from_secs;
         Self {
             listen: ([127, 0, 0, 1], 8000).into(),
+            api_keys: None,
             connect_timeout: seconds(5),
             first_byte_timeout: seconds(600),
             chunk_timeout: seconds(120),

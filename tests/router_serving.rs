@@ -186,7 +186,7 @@ async fn the_other_paths_answer_in_openai_shape() {
         "ready"
     );
     for (got, status) in [
-        (rig.get("/v1/nothing").await, 404),
+        (rig.get("/nothing").await, 404),
         (rig.get("/v1/completions").await, 405),
         (rig.complete(&json!([1])).await, 400),
         (

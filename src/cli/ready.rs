@@ -146,10 +146,14 @@ pub fn banner(plan: &Plan, fleet: &FleetSnapshot, log_dir: &std::path::Path) -> 
     } else {
         "DEGRADED: requests are served whole"
     };
+    let key = match plan.router.api_keys {
+        Some(_) => " -H \"Authorization: Bearer $KEY\"",
+        None => "",
+    };
     let _ = write!(
         text,
         "\n  {mode}\n  metrics {url}/metrics   state {url}/status   logs {}\n\n  \
-         curl {url}/v1/completions -H 'Content-Type: application/json' \\\n    \
+         curl {url}/v1/completions{key} -H 'Content-Type: application/json' \\\n    \
          -d '{{\"model\": \"{}\", \"prompt\": \"The quick brown fox\", \"max_tokens\": 16}}'\n",
         log_dir.display(),
         plan.model.served_name

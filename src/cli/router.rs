@@ -22,7 +22,7 @@ use super::{Exit, Seat};
 use crate::fleet::{FleetPublisher, Role};
 use crate::handoff::HandoffBoard;
 use crate::observe::LogFormat;
-use crate::router::{self, KvReady, RouterDeps, RouterMetrics};
+use crate::router::{self, ApiKeys, KvReady, RouterDeps, RouterMetrics};
 use crate::supervise::{ExternalDeps, ExternalNode, watch_external};
 use crate::topology::{NodeUrl, RouterSettings};
 use crate::traffic::Traffic;
@@ -32,7 +32,7 @@ const WEEK: Duration = Duration::from_secs(7 * 24 * 3600);
 #[derive(Debug, Args)]
 pub struct RouterArgs {
     /// Name or address to listen on. Other machines reach it only if this is one of theirs to reach, like
-    /// 0.0.0.0; the router asks no client who it is.
+    /// 0.0.0.0; then set --api-keys.
     #[arg(long, default_value = "127.0.0.1")]
     host: String,
     /// Port to listen on.
@@ -47,6 +47,10 @@ pub struct RouterArgs {
     /// Nodes that do everything for themselves. Can be given several times.
     #[arg(long, num_args = 1.., value_name = "URL")]
     unified: Vec<NodeUrl>,
+    /// A file of API keys, one a line; read again when it changes. More may stand in PEGAFLOW_API_KEYS. Without
+    /// either, everybody who reaches the port may use it.
+    #[arg(long, value_name = "FILE")]
+    api_keys: Option<std::path::PathBuf>,
     #[command(flatten)]
     limits: Limits,
     /// How log lines look on stderr.
@@ -161,6 +165,7 @@ impl RouterArgs {
         let limits = &self.limits;
         RouterSettings {
             listen,
+            api_keys: self.api_keys.clone(),
             connect_timeout: limits.connect_timeout,
             first_byte_timeout: limits.first_byte_timeout,
             chunk_timeout: limits.chunk_timeout,
@@ -176,6 +181,8 @@ impl RouterArgs {
 
 pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
     let nodes = args.nodes()?;
+    let keys =
+        ApiKeys::open(args.api_keys.as_deref()).map_err(|error| Exit::Machine(error.into()))?;
     let (host, port) = (args.host.as_str(), args.port);
     let cannot_listen = |error| {
         let what = format!("cannot listen on {host} port {port}; is another server there?");
@@ -203,6 +210,7 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
         board: HandoffBoard::default(),
         traffic,
         kv_ready: KvReady::Reply,
+        keys,
         metrics: RouterMetrics::register(&mut registry),
         registry: Arc::new(registry),
         vitals,

@@ -33,7 +33,7 @@ use crate::host::{self, GpuWatcher};
 use crate::instance::{Instance, InstanceError, InstanceInfo};
 use crate::observe::{Console, GpuCollector, LogFile};
 use crate::plan::{Device, Plan};
-use crate::router::{self, KvReady, RouterDeps, RouterMetrics};
+use crate::router::{self, ApiKeys, KvReady, RouterDeps, RouterMetrics};
 use crate::shutdown::Shutdown;
 use crate::supervise::{
     self, CanaryPlan, Groups, LogSink, StoreSessions, SupervisorDeps, SupervisorMetrics,
@@ -134,6 +134,8 @@ async fn serve(cx: &Context, plan: &Plan, listener: TcpListener, own: Own<'_>) -
         token,
         groups,
     } = own;
+    let keys = ApiKeys::open(plan.router.api_keys.as_deref())
+        .map_err(|error| Exit::Machine(error.into()))?;
     let board = HandoffBoard::default();
     let mut registry = Registry::default();
     let metrics = RouterMetrics::register(&mut registry);
@@ -198,6 +200,7 @@ async fn serve(cx: &Context, plan: &Plan, listener: TcpListener, own: Own<'_>) -
         board,
         traffic,
         kv_ready: KvReady::default(),
+        keys,
         metrics,
         registry: Arc::new(registry),
         vitals: cx.service.vitals.clone(),

@@ -29,6 +29,8 @@ pub enum RouterError {
         "websockets and /v1/realtime are not served here; use an endpoint that streams events, such as /v1/responses"
     )]
     Websocket,
+    #[error("a known API key is needed, as `Authorization: Bearer KEY`")]
+    Unauthorized,
     #[error("{path} does not take {method}")]
     MethodNotAllowed { method: Method, path: String },
     #[error("{0}")]
@@ -67,6 +69,7 @@ impl RouterError {
         match self {
             Self::Listener(_) | Self::Client(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::NotFound { .. } | Self::NoModel { .. } => StatusCode::NOT_FOUND,
+            Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Websocket => StatusCode::NOT_IMPLEMENTED,
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Body(_) => StatusCode::BAD_REQUEST,
@@ -86,6 +89,7 @@ impl RouterError {
             Self::Client(_) => "client",
             Self::NotFound { .. } => "not_found",
             Self::NoModel { .. } => "model_not_found",
+            Self::Unauthorized => "invalid_api_key",
             Self::Websocket => "websocket",
             Self::MethodNotAllowed { .. } => "method_not_allowed",
             Self::Body(_) => "invalid_body",
@@ -119,6 +123,10 @@ impl IntoResponse for RouterError {
             header::CONTENT_TYPE,
             HeaderValue::from_static("application/json"),
         );
+        if status == StatusCode::UNAUTHORIZED {
+            let scheme = HeaderValue::from_static("Bearer");
+            headers.insert(header::WWW_AUTHENTICATE, scheme);
+        }
         if let Some(seconds) = self.retry_after() {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
@@ -150,6 +158,7 @@ fn error_json(message: &str, status: StatusCode, code: &str) -> String {
     let kind = match status.as_u16() {
         429 => "rate_limit_error",
         404 => "not_found_error",
+        401 => "authentication_error",
         400..500 => "invalid_request_error",
         503 => "service_unavailable_error",
         _ => "server_error",

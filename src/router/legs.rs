@@ -19,13 +19,14 @@ const MAX_REPLY: usize = 64 << 20;
 const EXCERPT: usize = 300;
 /// A node of ours closes idle connections after 5 s (uvicorn's default); we do it before.
 const POOL_IDLE: Duration = Duration::from_secs(4);
+const API_KEY: header::HeaderName = header::HeaderName::from_static("x-api-key");
 const PASSED_ON: [header::HeaderName; 8] = [
     header::ACCEPT,
     header::AUTHORIZATION,
     header::CONTENT_TYPE,
     header::HeaderName::from_static("anthropic-beta"),
     header::HeaderName::from_static("anthropic-version"),
-    header::HeaderName::from_static("x-api-key"),
+    API_KEY,
     header::HeaderName::from_static("traceparent"),
     header::HeaderName::from_static("tracestate"),
 ];
@@ -105,7 +106,8 @@ pub(super) struct Caller {
 
 impl Caller {
     /// Takes the client's `X-Request-Id` if it is usable as a part of ours, else makes one.
-    pub(super) fn new(headers: &HeaderMap, endpoint: Endpoint) -> Self {
+    /// `admitted`: its key is ours, and no node's.
+    pub(super) fn new(headers: &HeaderMap, endpoint: Endpoint, admitted: bool) -> Self {
         let usable = |id: &&str| {
             (1..=128).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic())
         };
@@ -119,6 +121,10 @@ impl Caller {
             if let Some(value) = headers.get(&name) {
                 passed.insert(name, value.clone());
             }
+        }
+        if admitted {
+            passed.remove(header::AUTHORIZATION);
+            passed.remove(API_KEY);
         }
         // Whatever the client called it: we have read it as JSON.
         if endpoint != Endpoint::Other {

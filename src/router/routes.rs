@@ -16,6 +16,7 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, body::HttpBody};
@@ -34,7 +35,7 @@ use super::legs::{Caller, CompleteReply, Reply, Target, head};
 use super::metrics::{Observation, Outcome};
 use super::split::{Endpoint, WholeReason, never_split};
 use super::stream::{Held, Last, ReplyBody};
-use super::{Call, Context, proxy};
+use super::{Call, Context, keys, proxy};
 use crate::fleet::Role;
 
 /// From a request's head to the end of its body.
@@ -53,6 +54,7 @@ pub(super) fn routes(cx: Arc<Context>) -> Router {
         .route("/metrics", get(metrics))
         .fallback(proxy::pass_on)
         .method_not_allowed_fallback(method_not_allowed)
+        .layer(from_fn_with_state(cx.clone(), keys::check))
         .with_state(cx)
 }
 
@@ -67,7 +69,7 @@ async fn chat(State(cx): Shared, request: Request) -> Response {
 pub(super) async fn serve(cx: Arc<Context>, endpoint: Endpoint, request: Request) -> Response {
     let mut observation = Observation::start(&cx.metrics, endpoint);
     let (parts, body) = request.into_parts();
-    let caller = Caller::new(&parts.headers, endpoint);
+    let caller = Caller::new(&parts.headers, endpoint, cx.keys.is_some());
     let (method, path) = (&parts.method, parts.uri.path_and_query());
     let arrival = Arrival {
         endpoint,

@@ -95,6 +95,8 @@ impl Incarnation {
         for name in crate::notify::VARIABLES {
             command.env_remove(name);
         }
+        // Who may use the endpoint is nothing that a node has to know.
+        command.env_remove(crate::topology::API_KEYS);
         command
             .envs(spec.env)
             .stdin(Stdio::from(OwnedFd::from(theirs)))

@@ -130,6 +130,7 @@ pub(super) const ROUTER: Table = Table {
     doc: "The OpenAI API.",
     keys: &[
         key("listen", Address, Is("\"127.0.0.1:8000\""), "IP address and port."),
+        key("api_keys", Text, Words("everybody may come"), "A file of API keys, one a line, relative to the topology; read again when it changes. More may stand in PEGAFLOW_API_KEYS."),
         key("connect_timeout", Duration, Is("\"5s\""), "To a node."),
         key("first_byte_timeout", Duration, Is("\"600s\""), "From sending a request to a node to the head of its reply (for a stream) or the whole reply."),
         key("chunk_timeout", Duration, Is("\"120s\""), "Between two pieces of a stream."),

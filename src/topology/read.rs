@@ -68,7 +68,7 @@ pub(super) fn topology(document: &DeTable<'_>, findings: &mut Findings<'_>) -> T
         max_model_len: top.get("max_model_len", integer(1..=1 << 30)),
         runtime: runtime(&mut top, &base),
         kv: kv(&mut top, device),
-        router: router(&mut top),
+        router: router(&mut top, &base),
         supervisor: supervisor(&mut top),
         nodes: nodes(&mut top, device),
         source: top.findings.source.clone(),
@@ -210,7 +210,7 @@ fn kv(top: &mut Section<'_, '_, '_, '_>, device: Device) -> KvSettings {
     }
 }
 
-fn router(top: &mut Section<'_, '_, '_, '_>) -> RouterSettings {
+fn router(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RouterSettings {
     let mut section = top.sub("router", &keys::ROUTER);
     let default = RouterSettings::default();
     let mut positive = |key, default| section.get(key, duration).unwrap_or(default);
@@ -221,6 +221,9 @@ fn router(top: &mut Section<'_, '_, '_, '_>) -> RouterSettings {
     let max_body = section.get("max_body", size);
     RouterSettings {
         listen: section.get("listen", address).unwrap_or(default.listen),
+        api_keys: section
+            .get("api_keys", non_empty)
+            .map(|path| base.join(path)),
         connect_timeout,
         first_byte_timeout,
         chunk_timeout,

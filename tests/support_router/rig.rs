@@ -9,7 +9,7 @@ use pegaflow::fleet::{FleetPublisher, KvTrust, NodeView, Phase, Role};
 use pegaflow::handoff::HandoffBoard;
 use pegaflow::notify::Vitals;
 use pegaflow::plan::RouterPlan;
-use pegaflow::router::{KvReady, RouterDeps, RouterError, RouterMetrics, serve};
+use pegaflow::router::{ApiKeys, KvReady, RouterDeps, RouterError, RouterMetrics, serve};
 use pegaflow::shutdown::Shutdown;
 use pegaflow::traffic::Traffic;
 use prometheus_client::registry::Registry;
@@ -25,6 +25,7 @@ pub fn plan() -> RouterPlan {
     let far = HANG * 10;
     RouterPlan {
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+        api_keys: None,
         connect_timeout: far,
         first_byte_timeout: far,
         chunk_timeout: far,
@@ -67,6 +68,7 @@ impl Rig {
         let listener = TcpListener::bind(plan.listen).await.unwrap();
         let addr = listener.local_addr().unwrap();
         let mut registry = Registry::default();
+        let api_keys = plan.api_keys.clone();
         let deps = RouterDeps {
             plan,
             served_model: Some("tiny".to_owned()),
@@ -74,6 +76,7 @@ impl Rig {
             board: board.clone(),
             traffic: Traffic::default(),
             kv_ready: KvReady::default(),
+            keys: ApiKeys::open(api_keys.as_deref()).unwrap(),
             metrics: RouterMetrics::register(&mut registry),
             registry: Arc::new(registry),
             vitals: Vitals::default(),

@@ -1,0 +1,286 @@
+//! Who may use the endpoint: those who know one of the API keys, or everybody where there are none.
+//!
+//! ```text
+//! start:    file, PEGAFLOW_API_KEYS ─▶ digests       (a file that cannot be used: no start)
+//! running:  the file changed ─▶ read again ─▶ digests (cannot be used: the old ones stay, and it is logged)
+//! request:  Authorization: Bearer KEY, or x-api-key ─▶ digest ─▶ compared with every one of them
+//! ```
+//!
+//! Kept are SHA-256 digests. They are compared: how long that takes depends on no key that somebody could guess
+//! letter by letter. A key that was accepted here is ours, and is not passed on to a node.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, SystemTime};
+use std::{fs, io};
+
+use axum::extract::{Request, State};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use http::{HeaderMap, header};
+use sha2::{Digest, Sha256};
+
+use super::Context;
+use super::error::RouterError;
+use crate::topology::API_KEYS;
+
+/// Between two looks at the file.
+const LOOK: Duration = Duration::from_secs(1);
+/// Bytes of a file of keys.
+const MAX_FILE: u64 = 1 << 20;
+/// What is shorter can be tried out.
+const LEAST: usize = 8;
+/// Whether the fleet serves, and its figures: for probes and scrapers, and no secrets.
+const OPEN: [&str; 2] = ["/health", "/metrics"];
+
+/// Why a source of keys cannot be used. Never names a key.
+#[derive(Debug, thiserror::Error)]
+pub enum KeysError {
+    #[error("cannot read the API keys in {}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{source_name}, key {number}: {why}")]
+    Unusable {
+        source_name: String,
+        /// The line of the file, or the place in the variable, from 1.
+        number: usize,
+        why: &'static str,
+    },
+    #[error(
+        "{source_name} has no API key; write one on a line of its own, or leave the setting out to let everybody in"
+    )]
+    Empty { source_name: String },
+}
+
+type Known = [u8; 32];
+
+/// The keys that are accepted. Cheap to clone; clones share them.
+#[derive(Debug, Clone)]
+pub struct ApiKeys {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    file: Option<PathBuf>,
+    from_environment: Vec<Known>,
+    known: RwLock<Vec<Known>>,
+}
+
+impl ApiKeys {
+    /// Those in `file` (one a line; `#` begins a comment line) and in `PEGAFLOW_API_KEYS`. `None`: neither is given,
+    /// so that everybody may come.
+    pub fn open(file: Option<&Path>) -> Result<Option<Self>, KeysError> {
+        let variable = std::env::var(API_KEYS).ok().filter(|keys| !keys.is_empty());
+        Self::from(file, variable.as_deref())
+    }
+
+    fn from(file: Option<&Path>, variable: Option<&str>) -> Result<Option<Self>, KeysError> {
+        if file.is_none() && variable.is_none() {
+            return Ok(None);
+        }
+        let from_environment = match variable {
+            Some(keys) => digests(keys.split(','), API_KEYS)?,
+            None => Vec::new(),
+        };
+        let mut known = from_environment.clone();
+        if let Some(file) = file {
+            known.extend(read(file)?);
+        }
+        let shared = Shared {
+            file: file.map(Path::to_owned),
+            from_environment,
+            known: RwLock::new(known),
+        };
+        Ok(Some(Self {
+            shared: Arc::new(shared),
+        }))
+    }
+
+    /// Reads the file again whenever it changed, for ever.
+    pub(super) async fn follow(self) {
+        let Some(file) = self.shared.file.clone() else {
+            return;
+        };
+        let mut seen = stamp(&file);
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let now = stamp(&file);
+            if now == seen {
+                continue;
+            }
+            seen = now;
+            match read(&file) {
+                Ok(keys) => {
+                    tracing::info!(keys = keys.len(), file = %file.display(), "the API keys were read again");
+                    self.replace(keys);
+                }
+                Err(error) => {
+                    let error = anyhow::Error::new(error);
+                    tracing::warn!("the API keys stay as they were: {error:#}");
+                }
+            }
+        }
+    }
+
+    fn replace(&self, mut keys: Vec<Known>) {
+        keys.extend(&self.shared.from_environment);
+        let known = self.shared.known.write();
+        *known.unwrap_or_else(PoisonError::into_inner) = keys;
+    }
+
+    fn admit(&self, headers: &HeaderMap) -> bool {
+        given(headers).is_some_and(|key| {
+            let digest = Known::from(Sha256::digest(key));
+            let known = self.shared.known.read();
+            let known = known.unwrap_or_else(PoisonError::into_inner);
+            // All of them, whichever it is.
+            known
+                .iter()
+                .fold(false, |found, known| found | (*known == digest))
+        })
+    }
+}
+
+/// OpenAI's clients send the one, Anthropic's the other.
+fn given(headers: &HeaderMap) -> Option<&[u8]> {
+    let authorization = headers.get(header::AUTHORIZATION).and_then(|value| {
+        let (scheme, key) = value.as_bytes().split_at_checked(7)?;
+        scheme.eq_ignore_ascii_case(b"bearer ").then_some(key)
+    });
+    let api_key = || headers.get("x-api-key").map(|value| value.as_bytes());
+    authorization.or_else(api_key).map(<[u8]>::trim_ascii)
+}
+
+/// Changes when the file does, also when another is renamed to its place.
+fn stamp(file: &Path) -> Option<(SystemTime, u64, u64)> {
+    use std::os::unix::fs::MetadataExt as _;
+    let found = fs::metadata(file).ok()?;
+    Some((found.modified().ok()?, found.len(), found.ino()))
+}
+
+fn read(file: &Path) -> Result<Vec<Known>, KeysError> {
+    use std::io::Read as _;
+    let failed = |source| KeysError::Read {
+        path: file.to_owned(),
+        source,
+    };
+    let opened = fs::File::open(file).map_err(failed)?;
+    let kind = opened.metadata().map_err(failed)?;
+    if !kind.is_file() || kind.len() > MAX_FILE {
+        let why = "it is no file, or larger than 1 MiB";
+        return Err(failed(io::Error::other(why)));
+    }
+    let mut text = String::new();
+    let mut opened = opened.take(MAX_FILE);
+    opened.read_to_string(&mut text).map_err(failed)?;
+    let lines = text.lines().map(|line| {
+        let line = line.trim();
+        if line.starts_with('#') { "" } else { line }
+    });
+    digests(lines, &file.display().to_string())
+}
+
+fn digests<'a>(
+    keys: impl Iterator<Item = &'a str>,
+    source_name: &str,
+) -> Result<Vec<Known>, KeysError> {
+    let source_name = source_name.to_owned();
+    let mut known = Vec::new();
+    for (index, key) in keys.map(str::trim).enumerate() {
+        let why = match key {
+            "" => continue,
+            key if key.len() < LEAST => Some("it is too short; take 8 characters at least"),
+            key if !key.bytes().all(|byte| byte.is_ascii_graphic()) => {
+                Some("it has a space or a character beyond ASCII, which no client can send")
+            }
+            _ => None,
+        };
+        if let Some(why) = why {
+            return Err(KeysError::Unusable {
+                source_name,
+                number: index + 1,
+                why,
+            });
+        }
+        known.push(Sha256::digest(key).into());
+    }
+    if known.is_empty() {
+        return Err(KeysError::Empty { source_name });
+    }
+    Ok(known)
+}
+
+pub(super) async fn check(
+    State(cx): State<Arc<Context>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let open = OPEN.contains(&request.uri().path());
+    match &cx.keys {
+        Some(keys) if !open && !keys.admit(request.headers()) => {
+            RouterError::Unauthorized.into_response()
+        }
+        _ => next.run(request).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    fn with(name: &'static str, value: &str) -> HeaderMap {
+        let mut headers = HeaderMap::new();
+        headers.insert(name, HeaderValue::from_str(value).unwrap());
+        headers
+    }
+
+    #[test]
+    fn a_key_is_known_by_either_header() {
+        let keys = ApiKeys::from(None, Some("first-key, second-key"))
+            .unwrap()
+            .unwrap();
+        for headers in [
+            with("authorization", "Bearer first-key"),
+            with("authorization", "bearer  second-key"),
+            with("x-api-key", "second-key"),
+        ] {
+            assert!(keys.admit(&headers), "{headers:?}");
+        }
+        for headers in [
+            HeaderMap::new(),
+            with("authorization", "Bearer"),
+            with("authorization", "Bearer "),
+            with("authorization", "Bearer first-ke"),
+            with("authorization", "Bearer first-key2"),
+            with("authorization", "Basic first-key"),
+            with("x-api-key", "first-key, second-key"),
+        ] {
+            assert!(!keys.admit(&headers), "{headers:?}");
+        }
+    }
+
+    #[test]
+    fn without_a_source_everybody_may_come() {
+        assert!(ApiKeys::from(None, None).unwrap().is_none());
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_told_by_its_place_and_not_by_its_words() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("keys");
+        let refused = |text: &str| {
+            fs::write(&file, text).unwrap();
+            ApiKeys::from(Some(&file), None).unwrap_err().to_string()
+        };
+        assert!(refused("# mine\ngood-enough\nsecret\n").contains("key 3: it is too short"));
+        assert!(refused("good-enough\nse cret-words\n").contains("key 2: it has a space"));
+        assert!(!refused("se cret-words\n").contains("cret"));
+        assert!(refused("\n# none\n").contains("has no API key"));
+        let missing = ApiKeys::from(Some(&folder.path().join("other")), None).unwrap_err();
+        assert!(missing.to_string().contains("cannot read the API keys in"));
+        let folder_error = ApiKeys::from(Some(folder.path()), None).unwrap_err();
+        assert!(matches!(folder_error, KeysError::Read { .. }));
+    }
+}
