@@ -17,7 +17,8 @@ pytestmark = pytest.mark.soak
 
 # About 500 chunks of the tiny model.
 CAPACITY = "16MiB"
-LENGTHS = [1280, 640, 321, 1000, 96, 1281]
+# None is a multiple of the block: see Exchange.
+LENGTHS = [1279, 641, 321, 1000, 97, 1281]
 SEED = 1795387
 
 
@@ -54,17 +55,26 @@ def members(leader: int) -> list[int]:
 
 
 class Exchange:
-    """Asks the fleet and the plain node the same, a prompt that neither has seen."""
+    """Asks the fleet and the plain node the same, a prompt that neither has seen.
+
+    On some processors (seen: those with AMX) vLLM rounds otherwise when it computes a prompt's rest alone than when it
+    computes the whole: a plain node differs from itself when it is asked again and finds the full chunks in its own
+    prefix cache. Decode computes the rest alone, so there its answer must be, bit by bit, the plain node's second one.
+    """
 
     def __init__(self, small: Fleet, plain: Reference):
         self.small, self.plain, self.model = small, plain, served_model(small)
-        self.asked = self.chunks = 0
+        self.asked = self.chunks = self.in_pieces = 0
 
     def __call__(self) -> None:
         ids = prompt(1000 + self.asked, LENGTHS[self.asked % len(LENGTHS)])
         self.asked += 1
         self.chunks += full_chunks(ids)
         answer, right = (ask(url, ids, model=self.model) for url in (self.small.url, self.plain.url))
+        if answer.difference(right) == 0.0:
+            return
+        self.in_pieces += 1
+        right = ask(self.plain.url, ids, model=self.model)
         assert answer.difference(right) == 0.0, f"prompt {self.asked} of {len(ids)} tokens"
 
 
@@ -93,7 +103,8 @@ def test_exact_with_eviction_and_random_producer_kills(small: Fleet, plain: Refe
             time.sleep(2)
         for _ in range(4):
             exchange()
-    print(f"{exchange.asked} prompts, {exchange.chunks} chunks through {slots:.0f} slots, no difference")
+    pieces = f"{exchange.in_pieces} of them equal in decode's pieces only"
+    print(f"{exchange.asked} prompts, {exchange.chunks} chunks through {slots:.0f} slots, no difference; {pieces}")
 
     machine.wait_until(lambda: small.metric("pegaflow_engine_slots_pending") == 0, 10, "nothing is pending")
     assert small.metric("pegaflow_engine_slots_quarantined") == 0

@@ -53,10 +53,11 @@ class Slots:
         self._arena = Arena(fleet.pid)
         self._map = mmap.mmap(self._arena.file, self._arena.size)
         self._count = int(fleet.metric("pegaflow_engine_slots"))
-        row = fleet.metric("pegaflow_engine_saved_bytes_total") / fleet.metric(SAVED)
         header = -(-GENERATION.size * self._count // PAGE) * PAGE
-        self._rows = slice(header, header + self._count * int(row))
-        self._words = int(row) // 8
+        row, rest = divmod(self._arena.size - header, self._count)
+        assert rest == 0, "rows of these models are whole pages of memory"
+        self._rows = slice(header, header + self._count * row)
+        self._words = row // 8
 
     def __enter__(self) -> "Slots":
         return self
