@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -29,7 +30,10 @@ fn base() -> Option<PathBuf> {
     let own = fs::read_to_string("/proc/self/cgroup").unwrap();
     let own = own.lines().find_map(|line| line.strip_prefix("0::/"))?;
     let base = mount.join(own);
-    let trial = base.join(format!("test-{}", std::process::id()));
+    // Tests run side by side, in one process or several.
+    static TRIALS: AtomicUsize = AtomicUsize::new(0);
+    let number = TRIALS.fetch_add(1, Ordering::Relaxed);
+    let trial = base.join(format!("test-{}-{number}", std::process::id()));
     let made = fs::create_dir(&trial).is_ok();
     let kills = trial.join("cgroup.kill").exists();
     let _ = fs::remove_dir(&trial);
