@@ -2,11 +2,15 @@
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 
 BLOCK = 32
 MAX_TOKENS = 32
+# How far logprobs of equal tokens may be apart. On processors with AMX a plain vLLM differs from itself when it finds
+# a prompt's full chunks in its own prefix cache (docs/reliability.md, "Equal bits"); elsewhere it never does.
+ROUNDING = 0.05 if " amx_bf16" in Path("/proc/cpuinfo").read_text() else 0.0
 VOCABULARY = range(300, 2000)
 
 
