@@ -247,6 +247,8 @@ mod streaming {
 #[cfg(target_arch = "x86_64")]
 use streaming::{copy, finish};
 
+/// # Safety
+/// `size` bytes of both, which do not overlap.
 #[cfg(not(target_arch = "x86_64"))]
 unsafe fn copy(from: *const u8, to: *mut u8, size: usize, _next: *const u8) {
     // SAFETY: as the caller promises.

@@ -70,7 +70,9 @@ impl ApiKeys {
     /// Those in `file` (one a line; `#` begins a comment line) and in `PEGAFLOW_API_KEYS`. `None`: neither is given,
     /// so that everybody may come.
     pub fn open(file: Option<&Path>) -> Result<Option<Self>, KeysError> {
-        let variable = std::env::var(API_KEYS).ok().filter(|keys| !keys.is_empty());
+        let variable = std::env::var_os(API_KEYS).filter(|keys| !keys.is_empty());
+        // What is not UTF-8 keeps a character that no key may have, and is refused: it must not let everybody in.
+        let variable = variable.as_ref().map(|keys| keys.to_string_lossy());
         Self::from(file, variable.as_deref())
     }
 
@@ -277,6 +279,12 @@ mod tests {
         assert!(refused("# mine\ngood-enough\nsecret\n").contains("key 3: it is too short"));
         assert!(refused("good-enough\nse cret-words\n").contains("key 2: it has a space"));
         assert!(!refused("se cret-words\n").contains("cret"));
+        let beyond = ApiKeys::from(None, Some("good-enough,secret-\u{fffd}")).unwrap_err();
+        assert!(
+            beyond
+                .to_string()
+                .contains("key 2: it has a space or a character beyond ASCII")
+        );
         assert!(refused("\n# none\n").contains("has no API key"));
         let missing = ApiKeys::from(Some(&folder.path().join("other")), None).unwrap_err();
         assert!(missing.to_string().contains("cannot read the API keys in"));
