@@ -9,6 +9,7 @@ mod exit;
 mod init;
 mod kv;
 mod leftovers;
+mod listen;
 mod logs;
 mod orders;
 mod plan;
@@ -52,7 +53,7 @@ enum Command {
     /// background.
     Up(detach::UpArgs),
     /// Serve one endpoint in front of vLLM nodes that others started, and start none.
-    Router(router::RouterArgs),
+    Router(Box<router::RouterArgs>),
     /// Install the runtime and fetch the model that a topology needs, and stop there.
     Prepare(Target),
     /// Show what `up` would run here, and start nothing: GPUs, cores, memory, command lines.
@@ -111,7 +112,7 @@ pub fn main() -> ExitCode {
         Command::Detached(target) => run(&target, apart(&target), up::up),
         Command::Router(args) => {
             let format = args.log_format;
-            seated(here(format), |seat| router::router(seat, args))
+            seated(here(format), |seat| router::router(seat, *args))
         }
         Command::Prepare(target) => run(&target, here(target.log_format), prepare::prepare),
         Command::Status(args) => ended(converse(status::status(args))),

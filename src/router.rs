@@ -22,17 +22,20 @@
 mod admission;
 mod balance;
 mod body;
+mod cors;
 mod dispatch;
 mod error;
 mod handoff;
 mod keys;
 mod legs;
 mod metrics;
+mod private_file;
 mod proxy;
 mod routes;
 mod server;
 mod split;
 mod stream;
+mod tls;
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -54,6 +57,7 @@ pub use error::RouterError;
 pub use keys::{ApiKeys, KeysError};
 pub use legs::LegError;
 pub use metrics::RouterMetrics;
+pub use tls::{Tls, TlsError};
 
 /// What the router needs from the rest of the program.
 #[derive(Debug, Clone)]
@@ -68,6 +72,8 @@ pub struct RouterDeps {
     pub kv_ready: KvReady,
     /// Whom to let in; `None`: everybody.
     pub keys: Option<ApiKeys>,
+    /// What clients speak; `None`: plain HTTP.
+    pub tls: Option<Tls>,
     pub metrics: RouterMetrics,
     /// What `GET /metrics` prints.
     pub registry: Arc<Registry>,
@@ -85,22 +91,64 @@ pub enum KvReady {
     Reply,
 }
 
+/// Where the router is reached.
+#[derive(Debug)]
+pub struct Listeners {
+    pub clients: TcpListener,
+    /// For `/metrics` and `/status`, which clients then do not get.
+    pub metrics: Option<TcpListener>,
+}
+
+impl From<TcpListener> for Listeners {
+    fn from(clients: TcpListener) -> Self {
+        Self {
+            clients,
+            metrics: None,
+        }
+    }
+}
+
 /// Serves until `shutdown.graceful()`, then lets running requests finish for
 /// [`RouterPlan::drain_timeout`] (or until `shutdown.forced()`), then drops what is left and returns.
 pub async fn serve(
-    listener: TcpListener,
+    listeners: impl Into<Listeners>,
     deps: RouterDeps,
     shutdown: Shutdown,
 ) -> Result<(), RouterError> {
+    let Listeners { clients, metrics } = listeners.into();
     let mut beat = deps.vitals.part("the router");
+    let tls = deps.tls.clone();
+    let mut figures = metrics.map(|listener| (listener, deps.vitals.part("the router's metrics")));
     let cx = Arc::new(Context::new(deps, &shutdown)?);
-    let routes = routes::routes(cx.clone());
     if let Some(keys) = cx.keys.clone() {
         let stop = cx.stop.clone();
         cx.background
             .spawn(async move { stop.run_until_cancelled(keys.follow()).await });
     }
-    server::run(listener, routes, &cx.plan, &shutdown, &mut beat).await?;
+    if let Some(tls) = tls.clone() {
+        let stop = cx.stop.clone();
+        cx.background
+            .spawn(async move { stop.run_until_cancelled(tls.follow()).await });
+    }
+    let own = async {
+        let Some((listener, beat)) = figures.take() else {
+            return Ok(());
+        };
+        let routes = routes::figures(cx.clone());
+        let door = server::Door {
+            listener,
+            tls: None,
+        };
+        let mut beat = beat;
+        server::run(door, routes, &cx.plan, &shutdown, &mut beat).await
+    };
+    let door = server::Door {
+        listener: clients,
+        tls,
+    };
+    let routes = routes::routes(cx.clone());
+    let public = server::run(door, routes, &cx.plan, &shutdown, &mut beat);
+    tokio::try_join!(public, own)?;
     cx.stop.cancel();
     cx.background.close();
     beat.during(cx.background.wait()).await;

@@ -44,7 +44,7 @@ pub use read::CgroupRequest;
 pub use schema::schema;
 pub use source::{Place, Source};
 pub use url::{NodeUrl, UrlError};
-pub use validate::OWN_LOG;
+pub use validate::{OWN_LOG, is_origin};
 
 /// A file with all defaults filled in and no contradiction.
 #[derive(Debug, Clone, PartialEq)]
@@ -158,6 +158,12 @@ pub struct RouterSettings {
     pub listen: SocketAddr,
     /// A file of API keys, one a line; without it, and without the variable, everybody may come.
     pub api_keys: Option<PathBuf>,
+    /// `None`: clients speak plain HTTP.
+    pub tls: Option<TlsFiles>,
+    /// Origins of web pages that may use it, or `*`.
+    pub cors_origins: Vec<String>,
+    /// Where `/metrics` and `/status` are, if not where clients come in.
+    pub metrics_listen: Option<SocketAddr>,
     pub connect_timeout: Duration,
     /// From sending a leg to its response head (for a stream) or whole reply.
     pub first_byte_timeout: Duration,
@@ -183,6 +189,9 @@ impl Default for RouterSettings {
         Self {
             listen: ([127, 0, 0, 1], 8000).into(),
             api_keys: None,
+            tls: None,
+            cors_origins: Vec::new(),
+            metrics_listen: None,
             connect_timeout: seconds(5),
             first_byte_timeout: seconds(600),
             chunk_timeout: seconds(120),
@@ -194,6 +203,29 @@ impl Default for RouterSettings {
             drain_timeout: seconds(30),
         }
     }
+}
+
+impl RouterSettings {
+    /// Where clients find it.
+    pub fn url(&self) -> String {
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.listen)
+    }
+
+    /// Where `/metrics` and `/status` are.
+    pub fn metrics_url(&self) -> String {
+        match self.metrics_listen {
+            Some(listen) => format!("http://{listen}"),
+            None => self.url(),
+        }
+    }
+}
+
+/// A certificate with its chain and its key, in PEM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TlsFiles {
+    pub cert: PathBuf,
+    pub key: PathBuf,
 }
 
 /// `[supervisor]`.
@@ -302,7 +334,11 @@ impl Topology {
     /// Ports that the file names, for [`crate::host::claim_ports`] to avoid.
     pub fn fixed_ports(&self) -> Vec<u16> {
         let nodes = self.nodes.iter().filter_map(|node| node.port);
-        nodes.chain([self.router.listen.port()]).collect()
+        let router = &self.router;
+        let own = [Some(router.listen), router.metrics_listen];
+        nodes
+            .chain(own.into_iter().flatten().map(|listen| listen.port()))
+            .collect()
     }
 
     /// Where a key like `node[1].gpus` stands in the file, or the nearest table around it.

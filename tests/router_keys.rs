@@ -20,7 +20,7 @@ use support_router::*;
 async fn only_those_with_a_key_are_let_in_and_keys_can_be_changed() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("keys");
-    fs::write(&file, "# for the web\nold-secret\n").unwrap();
+    write_private(&file, "# for the web\nold-secret\n");
     let board = HandoffBoard::default();
     let node = Fake::always(&board, Kv::Nothing, Answer::Tokens).await;
     let mut guarded = plan();
@@ -74,7 +74,7 @@ async fn only_those_with_a_key_are_let_in_and_keys_can_be_changed() {
     assert_eq!(ask("/v1/completions", "old-secret").await.status, 200);
 
     let next = folder.path().join("next");
-    fs::write(&next, "new-secret\n").unwrap();
+    write_private(&next, "new-secret\n");
     fs::rename(&next, &file).unwrap();
     let end = Instant::now() + HANG;
     while ask("/v1/completions", "new-secret").await.status != 200 {

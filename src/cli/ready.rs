@@ -113,7 +113,7 @@ pub async fn narrate(mut fleet: FleetWatch) {
 
 /// What a person wants to know at the moment when the fleet serves.
 pub fn banner(plan: &Plan, fleet: &FleetSnapshot, log_dir: &std::path::Path) -> String {
-    let url = format!("http://{}", plan.router.listen);
+    let (url, figures) = (plan.router.url(), plan.router.metrics_url());
     let mut text = format!(
         "pegaflow is ready: {url}/v1   model: {}\n",
         plan.model.served_name
@@ -152,7 +152,7 @@ pub fn banner(plan: &Plan, fleet: &FleetSnapshot, log_dir: &std::path::Path) -> 
     };
     let _ = write!(
         text,
-        "\n  {mode}\n  metrics {url}/metrics   state {url}/status   logs {}\n\n  \
+        "\n  {mode}\n  metrics {figures}/metrics   state {figures}/status   logs {}\n\n  \
          curl {url}/v1/completions{key} -H 'Content-Type: application/json' \\\n    \
          -d '{{\"model\": \"{}\", \"prompt\": \"The quick brown fox\", \"max_tokens\": 16}}'\n",
         log_dir.display(),

@@ -8,6 +8,8 @@
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,16 +17,16 @@ use anyhow::anyhow;
 use bytesize::ByteSize;
 use clap::Args;
 use prometheus_client::registry::Registry;
-use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
+use super::listen::{self, Credentials};
 use super::{Exit, Seat};
 use crate::fleet::{FleetPublisher, Role};
 use crate::handoff::HandoffBoard;
 use crate::observe::LogFormat;
-use crate::router::{self, ApiKeys, KvReady, RouterDeps, RouterMetrics};
+use crate::router::{self, KvReady, RouterDeps, RouterMetrics};
 use crate::supervise::{ExternalDeps, ExternalNode, watch_external};
-use crate::topology::{NodeUrl, RouterSettings};
+use crate::topology::{NodeUrl, RouterSettings, TlsFiles, is_origin};
 use crate::traffic::Traffic;
 
 const WEEK: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -50,7 +52,20 @@ pub struct RouterArgs {
     /// A file of API keys, one a line; read again when it changes. More may stand in PEGAFLOW_API_KEYS. Without
     /// either, everybody who reaches the port may use it.
     #[arg(long, value_name = "FILE")]
-    api_keys: Option<std::path::PathBuf>,
+    api_keys: Option<PathBuf>,
+    /// A certificate and its chain in PEM, for HTTPS; read again when it changes.
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's key in PEM, which no other user may read.
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Web pages that may use the API from a browser, like https://chat.example.com; * for all. Can be given
+    /// several times.
+    #[arg(long, num_args = 1.., value_name = "ORIGIN", value_parser = origin)]
+    cors_origin: Vec<String>,
+    /// Address and port for /metrics and /status, without TLS and keys; they are then not on --port.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    metrics_listen: Option<SocketAddr>,
     #[command(flatten)]
     limits: Limits,
     /// How log lines look on stderr.
@@ -104,6 +119,13 @@ fn duration(text: &str) -> Result<Duration, String> {
     match duration_or_zero(text)? {
         Duration::ZERO => Err("it must be above zero".to_owned()),
         duration => Ok(duration),
+    }
+}
+
+fn origin(text: &str) -> Result<String, String> {
+    match text == "*" || is_origin(text) {
+        true => Ok(text.to_owned()),
+        false => Err("write a scheme and a host, like https://chat.example.com, or *".to_owned()),
     }
 }
 
@@ -161,11 +183,21 @@ impl RouterArgs {
         Err(Exit::Usage(anyhow!(lacks)))
     }
 
-    fn settings(&self, listen: std::net::SocketAddr) -> RouterSettings {
+    fn tls(&self) -> Option<TlsFiles> {
+        Some(TlsFiles {
+            cert: self.tls_cert.clone()?,
+            key: self.tls_key.clone()?,
+        })
+    }
+
+    fn settings(&self, listen: SocketAddr) -> RouterSettings {
         let limits = &self.limits;
         RouterSettings {
             listen,
             api_keys: self.api_keys.clone(),
+            tls: self.tls(),
+            cors_origins: self.cors_origin.clone(),
+            metrics_listen: self.metrics_listen,
             connect_timeout: limits.connect_timeout,
             first_byte_timeout: limits.first_byte_timeout,
             chunk_timeout: limits.chunk_timeout,
@@ -181,17 +213,14 @@ impl RouterArgs {
 
 pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
     let nodes = args.nodes()?;
-    let keys =
-        ApiKeys::open(args.api_keys.as_deref()).map_err(|error| Exit::Machine(error.into()))?;
     let (host, port) = (args.host.as_str(), args.port);
-    let cannot_listen = |error| {
-        let what = format!("cannot listen on {host} port {port}; is another server there?");
-        Exit::Machine(anyhow::Error::new(error).context(what))
-    };
-    let listener = TcpListener::bind((host, port))
-        .await
-        .map_err(cannot_listen)?;
-    let listen = listener.local_addr().map_err(cannot_listen)?;
+    let name = format!("{host} port {port}");
+    let listeners = listen::listen((host, port), name, args.metrics_listen).await?;
+    let listen = listeners.clients.local_addr();
+    let listen = listen.map_err(|error| Exit::Machine(error.into()))?;
+    let settings = args.settings(listen);
+    let Credentials { keys, tls } = Credentials::open(&settings)?;
+    let url = settings.url();
 
     let fleet = FleetPublisher::new(nodes.iter().map(ExternalNode::view));
     let traffic = Traffic::default();
@@ -204,18 +233,19 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
     };
     let mut registry = Registry::default();
     let deps = RouterDeps {
-        plan: args.settings(listen),
+        plan: settings,
         served_model: None,
         fleet: fleet.watch(),
         board: HandoffBoard::default(),
         traffic,
         kv_ready: KvReady::Reply,
         keys,
+        tls,
         metrics: RouterMetrics::register(&mut registry),
         registry: Arc::new(registry),
         vitals,
     };
-    banner(&seat, listen, &nodes);
+    banner(&seat, &url, &nodes);
     seat.service.ready(&fleet.snapshot());
 
     let mut helpers = JoinSet::new();
@@ -225,7 +255,7 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
     // The nodes are watched until the last request is answered.
     let unwatch = tokio_util::sync::CancellationToken::new();
     let watching = tokio::spawn(watch_external(nodes, watch, unwatch.clone()));
-    let routed = router::serve(listener, deps, seat.shutdown.clone()).await;
+    let routed = router::serve(listeners, deps, seat.shutdown.clone()).await;
     seat.shutdown.begin();
     unwatch.cancel();
     let watched = watching.await;
@@ -237,11 +267,11 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
 }
 
 /// On stdout, for the person and for scripts that wait for it.
-fn banner(seat: &Seat, listen: std::net::SocketAddr, nodes: &[ExternalNode]) {
+fn banner(seat: &Seat, url: &str, nodes: &[ExternalNode]) {
     seat.console.flush();
     let mut stdout = std::io::stdout().lock();
     // A closed stdout is no reason to stop serving.
-    let _ = writeln!(stdout, "pegaflow router listens on http://{listen}");
+    let _ = writeln!(stdout, "pegaflow router listens on {url}");
     for node in nodes {
         let _ = writeln!(stdout, "  {:<12} {}", node.id, node.url);
     }

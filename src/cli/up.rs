@@ -18,10 +18,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
-use tokio::net::TcpListener;
 use tokio::task::{JoinError, JoinHandle, JoinSet};
 
 use super::leftovers::{end_orphans, host_that_fits};
+use super::listen::{self, Credentials};
 use super::prepare::{Installed, Run, guard_program, install};
 use super::ready::{self, Start};
 use super::{Context, Exit};
@@ -33,7 +33,7 @@ use crate::host::{self, GpuWatcher};
 use crate::instance::{Instance, InstanceError, InstanceInfo};
 use crate::observe::{Console, GpuCollector, LogFile};
 use crate::plan::{Device, Plan};
-use crate::router::{self, ApiKeys, KvReady, RouterDeps, RouterMetrics};
+use crate::router::{self, KvReady, Listeners, RouterDeps, RouterMetrics};
 use crate::shutdown::Shutdown;
 use crate::supervise::{
     self, CanaryPlan, Groups, LogSink, StoreSessions, SupervisorDeps, SupervisorMetrics,
@@ -57,13 +57,11 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
     })?;
     let own_log = own_log(&cx, &topology, &instance)?;
     end_orphans(&cx, &instance).await?;
-    let listen = topology.router.listen;
-    let listener = TcpListener::bind(listen).await.map_err(|error| {
-        let what =
-            format!("cannot listen on [router] listen = \"{listen}\"; is another server there?");
-        Exit::Machine(anyhow::Error::new(error).context(what))
-    })?;
-    info.url = Some(format!("http://{listen}"));
+    let (listen, metrics) = (topology.router.listen, topology.router.metrics_listen);
+    let name = format!("[router] listen = \"{listen}\"");
+    let listeners = listen::listen(listen, name, metrics).await?;
+    let credentials = Credentials::open(&topology.router)?;
+    info.url = Some(topology.router.url());
     instance
         .set_info(&info)
         .map_err(|error| Exit::Machine(error.into()))?;
@@ -96,8 +94,9 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
         instance: &instance,
         token,
         groups,
+        credentials,
     };
-    let outcome = serve(&cx, &plan, listener, own).await;
+    let outcome = serve(&cx, &plan, listeners, own).await;
     let released = instance.release();
     outcome?;
     released.map_err(|error| Exit::failed("the run directory was not removed", error))
@@ -125,17 +124,17 @@ struct Own<'a> {
     /// What nodes show to the engine.
     token: String,
     groups: Option<Groups>,
+    credentials: Credentials,
 }
 
 /// Runs the plan until it is told to stop, and takes everything down again.
-async fn serve(cx: &Context, plan: &Plan, listener: TcpListener, own: Own<'_>) -> Result<(), Exit> {
+async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) -> Result<(), Exit> {
     let Own {
         instance,
         token,
         groups,
+        credentials: Credentials { keys, tls },
     } = own;
-    let keys = ApiKeys::open(plan.router.api_keys.as_deref())
-        .map_err(|error| Exit::Machine(error.into()))?;
     let board = HandoffBoard::default();
     let mut registry = Registry::default();
     let metrics = RouterMetrics::register(&mut registry);
@@ -201,12 +200,13 @@ async fn serve(cx: &Context, plan: &Plan, listener: TcpListener, own: Own<'_>) -
         traffic,
         kv_ready: KvReady::default(),
         keys,
+        tls,
         metrics,
         registry: Arc::new(registry),
         vitals: cx.service.vitals.clone(),
     };
     let supervisor = part(cx, supervise::run(supervisor, nodes.clone()));
-    let router = part(cx, router::serve(listener, router, cx.shutdown.clone()));
+    let router = part(cx, router::serve(listeners, router, cx.shutdown.clone()));
     let mut helpers = JoinSet::new();
     let (service, told) = (cx.service.clone(), fleet.watch());
     let end = cx.shutdown.graceful().clone();
@@ -272,7 +272,7 @@ fn about(cx: &Context, plan: &Plan, instance: &Instance) -> About {
     let file = &cx.topology.topology;
     About {
         name: plan.name.clone(),
-        url: format!("http://{}", plan.router.listen),
+        url: plan.router.url(),
         model: plan.model.served_name.clone(),
         topology: std::path::absolute(file).unwrap_or_else(|_| file.clone()),
         logs: instance.log_dir().to_owned(),

@@ -9,10 +9,10 @@
 //! Kept are SHA-256 digests. They are compared: how long that takes depends on no key that somebody could guess
 //! letter by letter. A key that was accepted here is ours, and is not passed on to a node.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, SystemTime};
-use std::{fs, io};
+use std::time::Duration;
 
 use axum::extract::{Request, State};
 use axum::middleware::Next;
@@ -22,12 +22,11 @@ use sha2::{Digest, Sha256};
 
 use super::Context;
 use super::error::RouterError;
+use super::private_file::{Stamp, read_private};
 use crate::topology::API_KEYS;
 
 /// Between two looks at the file.
 const LOOK: Duration = Duration::from_secs(1);
-/// Bytes of a file of keys.
-const MAX_FILE: u64 = 1 << 20;
 /// What is shorter can be tried out.
 const LEAST: usize = 8;
 /// Whether the fleet serves, and its figures: for probes and scrapers, and no secrets.
@@ -103,10 +102,10 @@ impl ApiKeys {
         let Some(file) = self.shared.file.clone() else {
             return;
         };
-        let mut seen = stamp(&file);
+        let mut seen = Stamp::of(&file);
         loop {
             tokio::time::sleep(LOOK).await;
-            let now = stamp(&file);
+            let now = Stamp::of(&file);
             if now == seen {
                 continue;
             }
@@ -153,28 +152,11 @@ fn given(headers: &HeaderMap) -> Option<&[u8]> {
     authorization.or_else(api_key).map(<[u8]>::trim_ascii)
 }
 
-/// Changes when the file does, also when another is renamed to its place.
-fn stamp(file: &Path) -> Option<(SystemTime, u64, u64)> {
-    use std::os::unix::fs::MetadataExt as _;
-    let found = fs::metadata(file).ok()?;
-    Some((found.modified().ok()?, found.len(), found.ino()))
-}
-
 fn read(file: &Path) -> Result<Vec<Known>, KeysError> {
-    use std::io::Read as _;
-    let failed = |source| KeysError::Read {
+    let text = read_private(file).map_err(|source| KeysError::Read {
         path: file.to_owned(),
         source,
-    };
-    let opened = fs::File::open(file).map_err(failed)?;
-    let kind = opened.metadata().map_err(failed)?;
-    if !kind.is_file() || kind.len() > MAX_FILE {
-        let why = "it is no file, or larger than 1 MiB";
-        return Err(failed(io::Error::other(why)));
-    }
-    let mut text = String::new();
-    let mut opened = opened.take(MAX_FILE);
-    opened.read_to_string(&mut text).map_err(failed)?;
+    })?;
     let lines = text.lines().map(|line| {
         let line = line.trim();
         if line.starts_with('#') { "" } else { line }
@@ -228,6 +210,9 @@ pub(super) async fn check(
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+
     use http::HeaderValue;
 
     use super::*;
@@ -274,6 +259,7 @@ mod tests {
         let file = folder.path().join("keys");
         let refused = |text: &str| {
             fs::write(&file, text).unwrap();
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
             ApiKeys::from(Some(&file), None).unwrap_err().to_string()
         };
         assert!(refused("# mine\ngood-enough\nsecret\n").contains("key 3: it is too short"));

@@ -5,8 +5,8 @@
 //! | `POST /v1/completions`, `POST /v1/chat/completions` | see [`super`] |
 //! | `GET /v1/models`, `GET /v1/models/{id}` | answered here, once for the fleet |
 //! | `GET /health` | 200 when a request can be served now, else 503 with Retry-After |
-//! | `GET /status` | the fleet and what is in flight, as JSON |
-//! | `GET /metrics` | Prometheus text |
+//! | `GET /status` | the fleet and what is in flight, as JSON; elsewhere where there is a `metrics_listen` |
+//! | `GET /metrics` | Prometheus text; likewise |
 //! | others of vLLM | see [`super::proxy`] |
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -35,7 +35,7 @@ use super::legs::{Caller, CompleteReply, Reply, Target, head};
 use super::metrics::{Observation, Outcome};
 use super::split::{Endpoint, WholeReason, never_split};
 use super::stream::{Held, Last, ReplyBody};
-use super::{Call, Context, keys, proxy};
+use super::{Call, Context, cors, keys, proxy};
 use crate::fleet::Role;
 
 /// From a request's head to the end of its body.
@@ -44,18 +44,40 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 type Shared = State<Arc<Context>>;
 
 pub(super) fn routes(cx: Arc<Context>) -> Router {
-    Router::new()
+    let routes = Router::new()
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
-        .route("/health", get(health))
-        .route("/status", get(status))
-        .route("/metrics", get(metrics))
+        .route("/health", get(health));
+    let routes = match cx.plan.metrics_listen {
+        None => with_figures(routes),
+        Some(_) => routes,
+    };
+    let routes = routes
         .fallback(proxy::pass_on)
         .method_not_allowed_fallback(method_not_allowed)
-        .layer(from_fn_with_state(cx.clone(), keys::check))
-        .with_state(cx)
+        .layer(from_fn_with_state(cx.clone(), keys::check));
+    let routes = match cors::layer(&cx.plan.cors_origins) {
+        Some(cors) => routes.layer(cors),
+        None => routes,
+    };
+    routes.with_state(cx)
+}
+
+/// For who runs the fleet: on a listener of its own, or on the clients' one.
+pub(super) fn figures(cx: Arc<Context>) -> Router {
+    let health = Router::new().route("/health", get(health));
+    let nothing = async |uri: Uri| RouterError::NotFound {
+        path: uri.path().to_owned(),
+    };
+    with_figures(health).fallback(nothing).with_state(cx)
+}
+
+fn with_figures(routes: Router<Arc<Context>>) -> Router<Arc<Context>> {
+    routes
+        .route("/status", get(status))
+        .route("/metrics", get(metrics))
 }
 
 async fn completions(State(cx): Shared, request: Request) -> Response {

@@ -7,12 +7,14 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use nix::sys::socket::{setsockopt, sockopt};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::error::RouterError;
+use super::tls::Tls;
 use crate::notify::Beat;
 use crate::plan::RouterPlan;
 use crate::shutdown::Shutdown;
@@ -24,13 +26,21 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
 /// After an accept error (out of file descriptors, say).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
+/// Where clients come in, and what they speak there.
+pub(super) struct Door {
+    pub(super) listener: TcpListener,
+    /// `None`: plain HTTP.
+    pub(super) tls: Option<Tls>,
+}
+
 pub(super) async fn run(
-    listener: TcpListener,
+    door: Door,
     routes: Router,
     plan: &RouterPlan,
     shutdown: &Shutdown,
     beat: &mut Beat,
 ) -> Result<(), RouterError> {
+    let Door { listener, tls } = door;
     listener.local_addr().map_err(RouterError::Listener)?;
     let drain_timeout = plan.drain_timeout;
     let mut connections = JoinSet::new();
@@ -43,7 +53,7 @@ pub(super) async fn run(
                 Ok((stream, _)) => {
                     let draining = shutdown.graceful().clone();
                     prepare(&stream, plan.chunk_timeout);
-                    connections.spawn(connection(stream, routes.clone(), draining));
+                    connections.spawn(greet(stream, tls.clone(), routes.clone(), draining));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection");
@@ -79,7 +89,23 @@ fn prepare(stream: &TcpStream, patience: Duration) {
     }
 }
 
-async fn connection(stream: TcpStream, routes: Router, draining: CancellationToken) {
+async fn greet(stream: TcpStream, tls: Option<Tls>, routes: Router, draining: CancellationToken) {
+    let Some(tls) = tls else {
+        return connection(stream, routes, draining).await;
+    };
+    // Whoever has not asked for anything yet is not waited for.
+    match draining.run_until_cancelled(tls.accept(stream)).await {
+        Some(Ok(stream)) => connection(stream, routes, draining).await,
+        Some(Err(error)) => tracing::debug!(%error, "a client's TLS handshake failed"),
+        None => {}
+    }
+}
+
+async fn connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    routes: Router,
+    draining: CancellationToken,
+) {
     let served = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)

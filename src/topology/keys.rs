@@ -41,6 +41,8 @@ pub(super) enum Shape {
     SizeOrPercent,
     Address,
     Strings,
+    /// A list of web pages' origins.
+    Origins,
     /// Names to strings.
     Variables,
     Numa,
@@ -63,7 +65,7 @@ pub(super) enum Absent {
 use Absent::{Is, Required, Words};
 use Shape::{
     Address, Boolean, Cpus, Duration, DurationOrZero, Gpus, Integer, Model, Name, Numa, Number,
-    OneOf, Size, SizeOrPercent, Strings, Tables, Text, Variables,
+    OneOf, Origins, Size, SizeOrPercent, Strings, Tables, Text, Variables,
 };
 
 const fn key(name: &'static str, shape: Shape, absent: Absent, doc: &'static str) -> Key {
@@ -131,6 +133,10 @@ pub(super) const ROUTER: Table = Table {
     keys: &[
         key("listen", Address, Is("\"127.0.0.1:8000\""), "IP address and port."),
         key("api_keys", Text, Words("everybody may come"), "A file of API keys, one a line, relative to the topology; read again when it changes. More may stand in PEGAFLOW_API_KEYS."),
+        key("tls_cert", Text, Words("plain HTTP"), "A certificate and its chain in PEM, for HTTPS; read again when it changes. Needs tls_key."),
+        key("tls_key", Text, Words("plain HTTP"), "The certificate's key in PEM, which no other user may read."),
+        key("cors_origins", Origins, Is("[]"), "Web pages that may use the API from a browser, like [\"https://chat.example.com\"]; [\"*\"] for all."),
+        key("metrics_listen", Address, Words("/metrics and /status are on `listen`"), "IP address and port for /metrics and /status, without TLS and keys; they are then not on `listen`."),
         key("connect_timeout", Duration, Is("\"5s\""), "To a node."),
         key("first_byte_timeout", Duration, Is("\"600s\""), "From sending a request to a node to the head of its reply (for a stream) or the whole reply."),
         key("chunk_timeout", Duration, Is("\"120s\""), "Between two pieces of a stream."),

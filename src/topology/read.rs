@@ -19,7 +19,7 @@ use super::value::{
 };
 use super::{
     Capacity, CpuRequest, Device, GpuRequest, HugepageRequest, KvSettings, ModelRef, NodeSettings,
-    NumaRequest, RouterSettings, RuntimeSettings, Secrets, SupervisorSettings, Topology,
+    NumaRequest, RouterSettings, RuntimeSettings, Secrets, SupervisorSettings, TlsFiles, Topology,
 };
 use crate::fleet::{DEFAULT_POOL, Role};
 
@@ -219,11 +219,16 @@ fn router(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RouterSettings {
     let chunk_timeout = positive("chunk_timeout", default.chunk_timeout);
     let handoff_timeout = positive("handoff_timeout", default.handoff_timeout);
     let max_body = section.get("max_body", size);
+    let tls = tls(&mut section, base);
+    let cors_origins = section.strings("cors_origins");
     RouterSettings {
         listen: section.get("listen", address).unwrap_or(default.listen),
         api_keys: section
             .get("api_keys", non_empty)
             .map(|path| base.join(path)),
+        tls,
+        cors_origins,
+        metrics_listen: section.get("metrics_listen", address),
         connect_timeout,
         first_byte_timeout,
         chunk_timeout,
@@ -244,6 +249,21 @@ fn router(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RouterSettings {
             .get("drain_timeout", duration_or_zero)
             .unwrap_or(default.drain_timeout),
     }
+}
+
+/// A certificate without its key, or the other way round, is a mistake.
+fn tls(section: &mut Section<'_, '_, '_, '_>, base: &Path) -> Option<TlsFiles> {
+    for (given, lacks) in [("tls_cert", "tls_key"), ("tls_key", "tls_cert")] {
+        if section.has(given) && !section.has(lacks) {
+            section.missing(lacks, &format!("`{lacks} = \"FILE\"` beside `{given}`"));
+        }
+    }
+    let cert = section.get("tls_cert", non_empty);
+    let key = section.get("tls_key", non_empty);
+    Some(TlsFiles {
+        cert: base.join(cert?),
+        key: base.join(key?),
+    })
 }
 
 fn supervisor(top: &mut Section<'_, '_, '_, '_>) -> SupervisorSettings {

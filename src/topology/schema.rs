@@ -17,6 +17,8 @@ const SIZE: &str = r"([0-9]+|([0-9]+(\.[0-9]*)?|\.[0-9]+)\s*([bB]|[kmgtpeKMGTPE]
 const PERCENT: &str = "([1-9][0-9]?|100)%";
 const ADDRESS: &str = r"([0-9]{1,3}(\.[0-9]{1,3}){3}|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}";
 
+const ORIGIN: &str = r"\*|https?://[!-.0-~]+";
+
 /// JSON schema, draft 7: what the TOML editors know.
 pub fn schema() -> Value {
     let mut schema = table(&keys::TOP);
@@ -92,6 +94,7 @@ fn of_shape(shape: Shape) -> Value {
         Shape::SizeOrPercent => text(&format!("(?=.*[1-9])({SIZE}|{PERCENT})")),
         Shape::Address => text(ADDRESS),
         Shape::Strings => json!({"type": "array", "items": of_shape(Shape::Text)}),
+        Shape::Origins => json!({"type": "array", "items": text(ORIGIN)}),
         Shape::Variables => json!({
             "type": "object",
             "additionalProperties": {"type": "string"},

@@ -86,6 +86,29 @@ fn top(topology: &Topology, findings: &mut Findings<'_>) {
         let found = format!("{bytes} bytes");
         findings.add("kv.capacity", bad(found, "at least \"16MiB\""));
     }
+    for (index, origin) in topology.router.cors_origins.iter().enumerate() {
+        if origin != "*" && !is_origin(origin) {
+            let found = format!("the string {origin:?}");
+            let instead =
+                "a scheme and a host without a path, like \"https://chat.example.com\", or \"*\"";
+            findings.add(
+                &format!("router.cors_origins[{index}]"),
+                bad(found, instead),
+            );
+        }
+    }
+    let listen = topology.router.listen.port();
+    if topology
+        .router
+        .metrics_listen
+        .is_some_and(|metrics| metrics.port() == listen && listen != 0)
+    {
+        let collision = ProblemKind::PortCollision {
+            port: listen,
+            other: "[router] listen".to_owned(),
+        };
+        findings.add("router.metrics_listen", collision);
+    }
     let supervisor = &topology.supervisor;
     if supervisor.backoff_first > supervisor.backoff_max {
         let conflict = ProblemKind::Conflict {
@@ -98,6 +121,19 @@ fn top(topology: &Topology, findings: &mut Findings<'_>) {
         let found = format!("{} bytes", supervisor.log_bytes);
         findings.add("supervisor.log_bytes", bad(found, "at least \"1MiB\""));
     }
+}
+
+/// As a browser writes it: a scheme, a host, perhaps a port.
+pub fn is_origin(text: &str) -> bool {
+    let rest = text
+        .strip_prefix("http://")
+        .or_else(|| text.strip_prefix("https://"));
+    rest.is_some_and(|host| {
+        !host.is_empty()
+            && host
+                .bytes()
+                .all(|byte| byte.is_ascii_graphic() && byte != b'/')
+    })
 }
 
 fn names(topology: &Topology, at: &At, node: &NodeSettings, findings: &mut Findings<'_>) {
@@ -207,7 +243,14 @@ fn port(topology: &Topology, at: &At, node: &NodeSettings, findings: &mut Findin
         .filter(|(_, other)| other.port == Some(port))
         .map(|(index, _)| format!("node[{index}]"))
         .next();
-    let router = (topology.router.listen.port() == port).then(|| "[router] listen".to_owned());
+    let settings = &topology.router;
+    let router = [
+        ("listen", Some(settings.listen)),
+        ("metrics_listen", settings.metrics_listen),
+    ]
+    .into_iter()
+    .find(|(_, listen)| listen.is_some_and(|listen| listen.port() == port))
+    .map(|(key, _)| format!("[router] {key}"));
     if let Some(other) = same.or(router) {
         findings.add(&key, ProblemKind::PortCollision { port, other });
     }

@@ -1,6 +1,9 @@
 //! A router under test, its client, and what must hold at the end.
 
+use std::io::Write as _;
 use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +12,9 @@ use pegaflow::fleet::{FleetPublisher, KvTrust, NodeView, Phase, Role};
 use pegaflow::handoff::HandoffBoard;
 use pegaflow::notify::Vitals;
 use pegaflow::plan::RouterPlan;
-use pegaflow::router::{ApiKeys, KvReady, RouterDeps, RouterError, RouterMetrics, serve};
+use pegaflow::router::{
+    ApiKeys, KvReady, Listeners, RouterDeps, RouterError, RouterMetrics, Tls, serve,
+};
 use pegaflow::shutdown::Shutdown;
 use pegaflow::traffic::Traffic;
 use prometheus_client::registry::Registry;
@@ -26,6 +31,9 @@ pub fn plan() -> RouterPlan {
     RouterPlan {
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
         api_keys: None,
+        tls: None,
+        cors_origins: Vec::new(),
+        metrics_listen: None,
         connect_timeout: far,
         first_byte_timeout: far,
         chunk_timeout: far,
@@ -38,12 +46,22 @@ pub fn plan() -> RouterPlan {
     }
 }
 
+/// A file that no other user may read.
+pub fn write_private(file: &Path, text: &str) {
+    let mut options = std::fs::OpenOptions::new();
+    options.create(true).write(true).truncate(true).mode(0o600);
+    let mut file = options.open(file).unwrap();
+    file.write_all(text.as_bytes()).unwrap();
+}
+
 /// A running router.
 pub struct Rig {
     pub fleet: FleetPublisher,
     pub board: HandoffBoard,
     pub shutdown: Shutdown,
     pub addr: SocketAddr,
+    /// Where its figures are, if not there.
+    pub figures: Option<SocketAddr>,
     pub http: reqwest::Client,
     pub task: JoinHandle<Result<(), RouterError>>,
 }
@@ -65,10 +83,19 @@ impl Rig {
             node
         });
         let fleet = FleetPublisher::new(nodes);
-        let listener = TcpListener::bind(plan.listen).await.unwrap();
-        let addr = listener.local_addr().unwrap();
+        let clients = TcpListener::bind(plan.listen).await.unwrap();
+        let addr = clients.local_addr().unwrap();
+        let metrics = match plan.metrics_listen {
+            Some(listen) => Some(TcpListener::bind(listen).await.unwrap()),
+            None => None,
+        };
+        let figures = metrics
+            .as_ref()
+            .map(|listener| listener.local_addr().unwrap());
+        let listeners = Listeners { clients, metrics };
         let mut registry = Registry::default();
         let api_keys = plan.api_keys.clone();
+        let tls = plan.tls.as_ref().map(|files| Tls::open(files).unwrap());
         let deps = RouterDeps {
             plan,
             served_model: Some("tiny".to_owned()),
@@ -77,17 +104,19 @@ impl Rig {
             traffic: Traffic::default(),
             kv_ready: KvReady::default(),
             keys: ApiKeys::open(api_keys.as_deref()).unwrap(),
+            tls,
             metrics: RouterMetrics::register(&mut registry),
             registry: Arc::new(registry),
             vitals: Vitals::default(),
         };
         let shutdown = Shutdown::default();
-        let task = tokio::spawn(serve(listener, deps, shutdown.clone()));
+        let task = tokio::spawn(serve(listeners, deps, shutdown.clone()));
         Self {
             fleet,
             board: board.clone(),
             shutdown,
             addr,
+            figures,
             http: reqwest::Client::builder().no_proxy().build().unwrap(),
             task,
         }

@@ -1,0 +1,48 @@
+//! The sockets that the router listens on, and the secrets that it opens before it does.
+
+use std::fmt::Display;
+use std::net::SocketAddr;
+
+use tokio::net::{TcpListener, ToSocketAddrs};
+
+use super::Exit;
+use crate::router::{ApiKeys, Listeners, Tls};
+use crate::topology::RouterSettings;
+
+/// Who may come in, and what is shown to them.
+pub struct Credentials {
+    pub keys: Option<ApiKeys>,
+    pub tls: Option<Tls>,
+}
+
+impl Credentials {
+    pub fn open(settings: &RouterSettings) -> Result<Self, Exit> {
+        let keys = ApiKeys::open(settings.api_keys.as_deref());
+        let tls = settings.tls.as_ref().map(Tls::open).transpose();
+        Ok(Self {
+            keys: keys.map_err(|error| Exit::Machine(error.into()))?,
+            tls: tls.map_err(|error| Exit::Machine(error.into()))?,
+        })
+    }
+}
+
+/// `clients` and `metrics` are told by the names that a person wrote for them.
+pub async fn listen(
+    clients: impl ToSocketAddrs,
+    clients_name: impl Display,
+    metrics: Option<SocketAddr>,
+) -> Result<Listeners, Exit> {
+    let clients = bind(clients, clients_name).await?;
+    let metrics = match metrics {
+        Some(addr) => Some(bind(addr, format_args!("{addr} for metrics")).await?),
+        None => None,
+    };
+    Ok(Listeners { clients, metrics })
+}
+
+async fn bind(addr: impl ToSocketAddrs, name: impl Display) -> Result<TcpListener, Exit> {
+    TcpListener::bind(addr).await.map_err(|error| {
+        let what = format!("cannot listen on {name}; is another server there?");
+        Exit::Machine(anyhow::Error::new(error).context(what))
+    })
+}
