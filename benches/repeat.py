@@ -13,7 +13,7 @@ import statistics
 import httpx
 from compare import Fleet, one
 
-PHASES = ("pegaflow_router_handoff_wait_seconds", "pegaflow_router_decode_first_byte_seconds")
+PHASES = ("pegaflow_router_handoff_wait_seconds", "pegaflow_router_leg_first_byte_seconds")
 ALREADY = 'pegaflow_engine_handoffs_total{outcome="already_stored"}'
 
 
@@ -21,7 +21,7 @@ async def figures(client, base):
     lines = (await client.get(base + "/metrics")).text.splitlines()
     samples = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     wanted = [f"{phase}_{part}" for phase in PHASES for part in ("sum", "count")] + [ALREADY]
-    return {name: sum(float(v) for k, v in samples.items() if k == name) for name in wanted}
+    return {name: sum(float(v) for k, v in samples.items() if name in (k, k.split("{")[0])) for name in wanted}
 
 
 async def asked(client, base, model, prompts, args):

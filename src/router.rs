@@ -19,6 +19,7 @@
 //!   the prefill node has answered. Where there is no engine, see [`KvReady`].
 //! - The router changes no state but its own; nodes come and go in the [`FleetWatch`].
 
+mod access;
 mod admission;
 mod balance;
 mod body;
@@ -29,12 +30,14 @@ mod handoff;
 mod keys;
 mod legs;
 mod metrics;
+mod observation;
 mod private_file;
 mod proxy;
 mod routes;
 mod server;
 mod split;
 mod stream;
+mod timeline;
 mod tls;
 
 use std::sync::Arc;
@@ -202,9 +205,9 @@ impl Context {
 
 /// One request, parsed.
 struct Call<'a> {
-    endpoint: split::Endpoint,
     target: legs::Target<'a>,
     caller: &'a legs::Caller,
     fields: &'a body::Fields<'a>,
     original: &'a Bytes,
+    timeline: &'a timeline::Timeline,
 }

@@ -181,6 +181,8 @@ pub struct RouterSettings {
     pub queue_timeout: Duration,
     /// After the stop signal, how long running requests may finish.
     pub drain_timeout: Duration,
+    /// A line for every request at level info, not debug.
+    pub access_log: bool,
 }
 
 impl Default for RouterSettings {
@@ -201,6 +203,7 @@ impl Default for RouterSettings {
             max_queue: 1024,
             queue_timeout: seconds(60),
             drain_timeout: seconds(30),
+            access_log: false,
         }
     }
 }

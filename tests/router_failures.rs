@@ -379,19 +379,15 @@ async fn a_stream_that_breaks_in_the_middle_says_so() {
 #[tokio::test]
 async fn a_client_that_goes_away_stops_both_legs() {
     // In the prefill wait; in the decode wait with prefill's reply still open; in mid-stream.
+    let ready = Kv::Settle(READY);
     let cases = [
-        (Kv::Open, Answer::Hang, Answer::Tokens, (1, 0)),
-        (Kv::Settle(READY), Answer::Hang, Answer::Hang, (1, 1)),
-        (
-            Kv::Settle(READY),
-            Answer::Hang,
-            Answer::StallAfter(2),
-            (1, 1),
-        ),
+        (Kv::Open, Answer::Tokens, (1, 0), "prefill"),
+        (ready, Answer::Hang, (1, 1), "decode"),
+        (ready, Answer::StallAfter(2), (1, 1), "stream"),
     ];
-    for (kv, prefill, decode, (on_p, on_d)) in cases {
+    for (kv, decode, (on_p, on_d), stage) in cases {
         let board = HandoffBoard::default();
-        let p = Fake::always(&board, kv, prefill).await;
+        let p = Fake::always(&board, kv, Answer::Hang).await;
         let d = Fake::always(&board, Kv::Nothing, decode).await;
         let nodes = [("d", Role::Decode, d.addr), ("p", Role::Prefill, p.addr)];
         let rig = Rig::start(&board, plan(), &nodes).await;
@@ -404,7 +400,8 @@ async fn a_client_that_goes_away_stops_both_legs() {
         p.active_is(0).await;
         d.active_is(0).await;
         rig.idle().await;
-        assert_eq!(rig.sample("pegaflow_router_cancellations_total").await, 1.0);
+        let cancelled = format!("pegaflow_router_cancellations_total{{stage=\"{stage}\"}}");
+        assert_eq!(rig.sample(&cancelled).await, 1.0, "{}", rig.metrics().await);
         rig.finish().await;
     }
 }

@@ -106,6 +106,9 @@ struct Limits {
     /// After the first signal, how long running requests may finish.
     #[arg(long, default_value = "30s", value_name = "DURATION", value_parser = duration_or_zero)]
     drain_timeout: Duration,
+    /// Log one line for every request.
+    #[arg(long)]
+    access_log: bool,
 }
 
 fn duration_or_zero(text: &str) -> Result<Duration, String> {
@@ -207,6 +210,7 @@ impl RouterArgs {
             max_queue: limits.max_queue,
             queue_timeout: limits.queue_timeout,
             drain_timeout: limits.drain_timeout,
+            access_log: limits.access_log,
         }
     }
 }

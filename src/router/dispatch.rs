@@ -18,6 +18,7 @@ use super::error::RouterError;
 use super::handoff::Prefilled;
 use super::legs::{self, Leg, LegError, Reply};
 use super::split::{self, WholeReason};
+use super::timeline::AnswerLeg;
 use super::{Call, Context};
 use crate::fleet::{FleetSnapshot, NodeId, NodeView, Phase, Role};
 use crate::handoff::{HandoffId, HandoffTicket};
@@ -69,10 +70,10 @@ impl Task<'_> {
         }
     }
 
-    fn label(&self) -> &'static str {
+    fn leg(&self) -> AnswerLeg {
         match self {
-            Self::Decode(_) => "decode",
-            Self::Whole(_) => "whole",
+            Self::Decode(_) => AnswerLeg::Decode,
+            Self::Whole(_) => AnswerLeg::Whole,
         }
     }
 }
@@ -93,7 +94,7 @@ pub(super) async fn deliver(
     loop {
         let pick = choice.next(cx, &task, &mut patience).await?;
         if let Some((_, error)) = &choice.last {
-            cx.metrics.retry(task.label(), error.label());
+            cx.metrics.retry(task.leg().label(), error.label());
         }
         let leg = Leg {
             caller: call.caller,
@@ -101,12 +102,14 @@ pub(super) async fn deliver(
             suffix: suffix(choice.attempts),
             body: body_for(&pick, call, &task),
         };
+        call.timeline.answer_sent(task.leg(), pick.node());
         let sent = Instant::now();
         let error = tokio::select! {
             biased;
             reply = cx.client.fetch(&pick, leg) => match reply {
                 Ok(reply) => {
-                    cx.metrics.leg_first_byte(sent.elapsed());
+                    call.timeline.first_piece();
+                    cx.metrics.leg_first_byte(task.leg(), sent.elapsed());
                     if matches!(task, Task::Decode(_)) && pick.role != Role::Decode {
                         cx.metrics.fallback("no_decode_node");
                     }
@@ -116,7 +119,7 @@ pub(super) async fn deliver(
             },
             phase = legs::lost(cx.fleet.clone(), &pick, SILENCE) => LegError::NodeLost { phase },
         };
-        tracing::warn!(node = %pick.node(), id = call.caller.id, %error, "a leg failed before its first byte");
+        tracing::warn!(node = %pick.node(), id = %call.caller.id, %error, "a leg failed before its first byte");
         choice.failed(cx, &pick, error);
     }
 }

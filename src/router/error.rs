@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use http::{HeaderValue, Method, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 
 use super::body::BodyError;
-use super::legs::LegError;
+use super::legs::{LegError, echo_id, request_id};
 use super::stream::Last;
 use crate::fleet::NodeId;
 
@@ -111,12 +111,19 @@ impl RouterError {
             _ => None,
         }
     }
-}
 
-impl IntoResponse for RouterError {
-    fn into_response(self) -> Response {
+    /// To a request that was refused before it had become one: with its id, as any other answer.
+    pub(super) fn response_for(self, request: &HeaderMap) -> Response {
+        let id = request_id(request);
+        let mut response = self.response(&id);
+        echo_id(&id, response.headers_mut());
+        response
+    }
+
+    /// The body names the request too, for those who see no headers.
+    pub(super) fn response(self, id: &str) -> Response {
         let status = self.status();
-        let body = error_json(&self.to_string(), status, self.code());
+        let body = error_json(&self.to_string(), status, self.code(), id);
         let mut response = (status, body).into_response();
         let headers = response.headers_mut();
         headers.insert(
@@ -135,9 +142,9 @@ impl IntoResponse for RouterError {
 }
 
 /// The event that ends a stream which cannot go on. There is no `[DONE]` after it.
-pub(super) fn error_event(error: &LegError, last: Last) -> Bytes {
+pub(super) fn error_event(error: &LegError, last: Last, id: &str) -> Bytes {
     let message = format!("the stream broke off: {error}");
-    let json = error_json(&message, StatusCode::BAD_GATEWAY, error.label());
+    let json = error_json(&message, StatusCode::BAD_GATEWAY, error.label(), id);
     match last {
         Last::Done => format!("data: {json}\n\n"),
         // Streams of named events: Anthropic's clients look for the name, OpenAI's for the type.
@@ -154,7 +161,7 @@ fn listed(models: &BTreeSet<String>) -> String {
     }
 }
 
-fn error_json(message: &str, status: StatusCode, code: &str) -> String {
+fn error_json(message: &str, status: StatusCode, code: &str, id: &str) -> String {
     let kind = match status.as_u16() {
         429 => "rate_limit_error",
         404 => "not_found_error",
@@ -165,7 +172,7 @@ fn error_json(message: &str, status: StatusCode, code: &str) -> String {
     };
     serde_json::json!({
         // Where Anthropic's clients, and those of OpenAI's responses, look.
-        "type": "error", "code": code, "message": message,
+        "type": "error", "code": code, "message": message, "request_id": id,
         "error": {"message": message, "type": kind, "param": null, "code": code}
     })
     .to_string()
@@ -181,17 +188,18 @@ mod tests {
             limit: 3,
             retry_after: 7,
         };
-        let response = error.into_response();
+        let response = error.response("mine");
         assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
         assert_eq!(response.headers()[header::RETRY_AFTER], "7");
     }
 
     #[test]
     fn the_error_event_is_one_event_in_openai_shape() {
-        let event = error_event(&LegError::Truncated, Last::Done);
+        let event = error_event(&LegError::Truncated, Last::Done, "mine");
         let json = event.strip_prefix(b"data: ").unwrap();
         let json: serde_json::Value = serde_json::from_slice(json).unwrap();
         assert_eq!(json["error"]["code"], "truncated");
+        assert_eq!(json["request_id"], "mine");
         assert!(event.ends_with(b"\n\n"));
     }
 }

@@ -25,6 +25,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::balance::{self, Pick};
 use super::legs::{self, CompleteReply, Leg, LegError, Reply};
+use super::metrics::RouterMetrics;
 use super::split;
 use super::{Call, Context, KvReady};
 use crate::fleet::{NodeView, Role};
@@ -52,6 +53,12 @@ pub(super) enum Stage {
 }
 
 pub(super) async fn prefill(cx: &Context, call: &Call<'_>) -> Stage {
+    let stage = attempts(cx, call).await;
+    call.timeline.settled();
+    stage
+}
+
+async fn attempts(cx: &Context, call: &Call<'_>) -> Stage {
     let deadline = Instant::now() + cx.plan.handoff_timeout;
     let mut tried = Vec::new();
     let mut reason = "no_prefill_node";
@@ -79,7 +86,7 @@ pub(super) async fn prefill(cx: &Context, call: &Call<'_>) -> Stage {
                 reason = HandoffFailure::ProducerDied.label();
             }
             Event::Failed(ref error) => {
-                tracing::warn!(node = %attempt.pick_id(), id = call.caller.id, %error, "prefill failed");
+                tracing::warn!(node = %attempt.pick_id(), id = %call.caller.id, %error, "prefill failed");
                 if matches!(error, LegError::Connect(_)) {
                     cx.traffic.suspect(attempt.pick_id());
                 }
@@ -156,7 +163,8 @@ impl Attempt {
             suffix: if number == 0 { "-p" } else { "-p2" },
             body: split::prefill_body(call.fields, ticket.id()),
         };
-        let leg: Sent = Box::pin(cx.client.fetch(&pick, leg));
+        let leg: Sent = Box::pin(timed(cx.metrics.clone(), cx.client.fetch(&pick, leg)));
+        call.timeline.prefill_sent(pick.node());
         Self {
             ticket,
             pick,
@@ -231,6 +239,19 @@ impl Attempt {
     fn into_tried(self) -> Tried {
         (self.pick.node().clone(), self.pick.incarnation)
     }
+}
+
+/// Counts how long P's reply took, wherever it is waited for.
+async fn timed(
+    metrics: RouterMetrics,
+    leg: impl Future<Output = Result<Reply, LegError>>,
+) -> Result<Reply, LegError> {
+    let sent = Instant::now();
+    let reply = leg.await;
+    if reply.is_ok() {
+        metrics.prefill_leg(sent.elapsed());
+    }
+    reply
 }
 
 fn kv_transfer_params(reply: &Reply) -> Option<String> {

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use axum::extract::{Request, State};
 use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use http::{HeaderMap, header};
 use sha2::{Digest, Sha256};
 
@@ -202,7 +202,7 @@ pub(super) async fn check(
     let open = OPEN.contains(&request.uri().path());
     match &cx.keys {
         Some(keys) if !open && !keys.admit(request.headers()) => {
-            RouterError::Unauthorized.into_response()
+            RouterError::Unauthorized.response_for(request.headers())
         }
         _ => next.run(request).await,
     }

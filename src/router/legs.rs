@@ -1,5 +1,6 @@
 //! One leg: a request to one node, up to the moment its answer can be committed to the client.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -100,22 +101,13 @@ impl LegError {
 /// What the client said besides its body, as the legs need it.
 #[derive(Debug)]
 pub(super) struct Caller {
-    pub(super) id: String,
+    pub(super) id: Arc<str>,
     headers: HeaderMap,
 }
 
 impl Caller {
-    /// Takes the client's `X-Request-Id` if it is usable as a part of ours, else makes one.
     /// `admitted`: its key is ours, and no node's.
     pub(super) fn new(headers: &HeaderMap, endpoint: Endpoint, admitted: bool) -> Self {
-        let usable = |id: &&str| {
-            (1..=128).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic())
-        };
-        let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok());
-        let id = match given.filter(usable) {
-            Some(id) => id.to_owned(),
-            None => format!("{:016x}", rand::random::<u64>()),
-        };
         let mut passed = HeaderMap::with_capacity(PASSED_ON.len() + 1);
         for name in PASSED_ON {
             if let Some(value) = headers.get(&name) {
@@ -132,14 +124,27 @@ impl Caller {
             passed.insert(header::CONTENT_TYPE, json);
         }
         Self {
-            id,
+            id: request_id(headers),
             headers: passed,
         }
     }
+}
 
-    /// The header that names the request to the client.
-    pub(super) fn echo(&self) -> Option<(header::HeaderName, HeaderValue)> {
-        Some((REQUEST_ID, HeaderValue::from_str(&self.id).ok()?))
+/// The client's `X-Request-Id` if it is usable as a part of ours, else one that we make.
+pub(super) fn request_id(headers: &HeaderMap) -> Arc<str> {
+    let usable =
+        |id: &&str| (1..=128).contains(&id.len()) && id.bytes().all(|byte| byte.is_ascii_graphic());
+    let given = headers.get(REQUEST_ID).and_then(|id| id.to_str().ok());
+    match given.filter(usable) {
+        Some(id) => id.into(),
+        None => format!("{:016x}", rand::random::<u64>()).into(),
+    }
+}
+
+/// Names the request to the client.
+pub(super) fn echo_id(id: &str, headers: &mut HeaderMap) {
+    if let Ok(id) = HeaderValue::from_str(id) {
+        headers.insert(REQUEST_ID, id);
     }
 }
 

@@ -1,6 +1,8 @@
-//! The router's figures. All durations are in seconds.
+//! The router's figures. All durations are in seconds. `docs/router.md` has a row for each.
+//!
+//! What every request or piece needs is looked up once, here: a lookup by labels costs more than the rest of it.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -9,15 +11,15 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
-use super::split::{Endpoint, WholeReason};
+use super::timeline::AnswerLeg;
 use crate::handoff::HandoffFailure;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct RequestLabels {
-    endpoint: &'static str,
-    outcome: &'static str,
-    path: &'static str,
-    reason: &'static str,
+pub(super) struct RequestLabels {
+    pub(super) endpoint: &'static str,
+    pub(super) outcome: &'static str,
+    pub(super) path: &'static str,
+    pub(super) reason: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -32,22 +34,70 @@ struct RetryLabels {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct LegLabels {
+    leg: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReasonLabels {
     reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct StageLabels {
+    stage: &'static str,
+}
+
+/// Which way a request took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Way {
+    /// It ended before that was known.
+    #[default]
+    None,
+    Split,
+    Whole,
+}
+
+impl Way {
+    pub(super) fn label(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Split => "split",
+            Self::Whole => "whole",
+        }
+    }
+}
+
+/// What differs by the way that a request took.
+#[derive(Debug, Clone)]
+pub(super) struct WayMetrics {
+    pub(super) ttft: Histogram,
+    pub(super) itl: Histogram,
+    pub(super) tpot: Histogram,
+    pub(super) total: Histogram,
+}
+
+/// One kind of leg.
+#[derive(Debug, Clone)]
+struct LegMetrics {
+    first_byte: Histogram,
+    whole: Histogram,
 }
 
 /// Counters, gauges and histograms under `pegaflow_router_*`. Cheap to clone; clones share them.
 #[derive(Debug, Clone)]
 pub struct RouterMetrics {
     requests: Family<RequestLabels, Counter>,
-    ttft: Family<PathLabels, Histogram>,
-    total: Family<PathLabels, Histogram>,
-    inter_chunk: Histogram,
+    ways: [WayMetrics; 3],
+    queue: Histogram,
     handoff_wait: Histogram,
-    decode_first_byte: Histogram,
+    dispatch: Histogram,
+    prefill: Histogram,
+    decode: LegMetrics,
+    whole: LegMetrics,
     retries: Family<RetryLabels, Counter>,
     fallbacks: Family<ReasonLabels, Counter>,
-    cancellations: Counter,
+    cancellations: Family<StageLabels, Counter>,
     in_flight: Gauge,
     queued: Gauge,
 }
@@ -69,72 +119,90 @@ const FALLBACKS: [&str; 11] = [
 
 impl RouterMetrics {
     pub fn register(registry: &mut Registry) -> Self {
-        let metrics = Self {
-            requests: Family::default(),
-            ttft: Family::new_with_constructor(seconds),
-            total: Family::new_with_constructor(seconds),
-            inter_chunk: seconds(),
-            handoff_wait: seconds(),
-            decode_first_byte: seconds(),
-            retries: Family::default(),
-            fallbacks: Family::default(),
-            cancellations: Counter::default(),
-            in_flight: Gauge::default(),
-            queued: Gauge::default(),
-        };
-        // There from the start, at zero: a rate over a counter that does not exist yet is no rate.
-        for reason in FALLBACKS {
-            drop(metrics.fallbacks.get_or_create(&ReasonLabels { reason }));
-        }
         let registry = registry.sub_registry_with_prefix("pegaflow_router");
-        registry.register("requests", "Requests that ended", metrics.requests.clone());
-        registry.register(
-            "ttft_seconds",
-            "From a request's head to the first piece of its answer",
-            metrics.ttft.clone(),
+        let requests = Family::<RequestLabels, Counter>::default();
+        registry.register("requests", "Requests that ended", requests.clone());
+        let ways = ways(registry);
+        let queue = histogram(
+            registry,
+            "queue_seconds",
+            "From a request's head to its place",
         );
-        registry.register(
-            "request_seconds",
-            "From a request's head to the end of its answer",
-            metrics.total.clone(),
-        );
-        registry.register(
-            "inter_chunk_seconds",
-            "Between two pieces of a streamed answer",
-            metrics.inter_chunk.clone(),
-        );
-        registry.register(
+        let handoff_wait = histogram(
+            registry,
             "handoff_wait_seconds",
             "From sending the prefill leg to the prompt's KV being complete",
-            metrics.handoff_wait.clone(),
         );
+        let dispatch = histogram(
+            registry,
+            "dispatch_seconds",
+            "From the end of the wait for prefill to sending the decode leg",
+        );
+        let legs = Family::<LegLabels, Histogram>::new_with_constructor(seconds);
         registry.register(
-            "decode_first_byte_seconds",
-            "From sending a decode or whole leg to the first piece of its answer",
-            metrics.decode_first_byte.clone(),
+            "leg_seconds",
+            "From sending a leg to the end of its answer, where it ended well",
+            legs.clone(),
         );
-        registry.register("retries", "Legs sent once more", metrics.retries.clone());
+        let firsts = Family::<LegLabels, Histogram>::new_with_constructor(seconds);
+        registry.register(
+            "leg_first_byte_seconds",
+            "From sending a leg to the first piece of its answer",
+            firsts.clone(),
+        );
+        let leg = |leg| LegMetrics {
+            first_byte: firsts.get_or_create_owned(&LegLabels { leg }),
+            whole: legs.get_or_create_owned(&LegLabels { leg }),
+        };
+        let retries = Family::<RetryLabels, Counter>::default();
+        registry.register("retries", "Legs sent once more", retries.clone());
+        let fallbacks = Family::<ReasonLabels, Counter>::default();
+        // There from the start, at zero: a rate over a counter that does not exist yet is no rate.
+        for reason in FALLBACKS {
+            drop(fallbacks.get_or_create(&ReasonLabels { reason }));
+        }
         registry.register(
             "fallbacks",
             "Split requests whose prompt was not handed off as intended",
-            metrics.fallbacks.clone(),
+            fallbacks.clone(),
         );
+        let cancellations = Family::<StageLabels, Counter>::default();
         registry.register(
             "cancellations",
-            "Requests whose client went away",
-            metrics.cancellations.clone(),
+            "Requests whose client went away, by what was being waited for",
+            cancellations.clone(),
         );
-        registry.register(
-            "in_flight",
-            "Requests being served",
-            metrics.in_flight.clone(),
-        );
-        registry.register(
-            "queued",
-            "Requests that wait for a place",
-            metrics.queued.clone(),
-        );
-        metrics
+        let (in_flight, queued) = (Gauge::default(), Gauge::default());
+        registry.register("in_flight", "Requests being served", in_flight.clone());
+        registry.register("queued", "Requests that wait for a place", queued.clone());
+        Self {
+            requests,
+            ways,
+            queue,
+            handoff_wait,
+            dispatch,
+            prefill: legs.get_or_create_owned(&LegLabels { leg: "prefill" }),
+            decode: leg(AnswerLeg::Decode.label()),
+            whole: leg(AnswerLeg::Whole.label()),
+            retries,
+            fallbacks,
+            cancellations,
+            in_flight,
+            queued,
+        }
+    }
+
+    pub(super) fn request(&self, labels: &RequestLabels) {
+        self.requests.get_or_create(labels).inc();
+    }
+
+    pub(super) fn way(&self, way: Way) -> &WayMetrics {
+        let [none, split, whole] = &self.ways;
+        match way {
+            Way::None => none,
+            Way::Split => split,
+            Way::Whole => whole,
+        }
     }
 
     pub(super) fn retry(&self, leg: &'static str, reason: &'static str) {
@@ -147,16 +215,42 @@ impl RouterMetrics {
         self.fallbacks.get_or_create(&ReasonLabels { reason }).inc();
     }
 
+    pub(super) fn cancelled(&self, stage: &'static str) {
+        self.cancellations
+            .get_or_create(&StageLabels { stage })
+            .inc();
+    }
+
+    pub(super) fn queued_for(&self, waited: Duration) {
+        self.queue.observe(waited.as_secs_f64());
+    }
+
     pub(super) fn handoff_ready(&self, waited: Duration) {
         self.handoff_wait.observe(waited.as_secs_f64());
     }
 
-    pub(super) fn leg_first_byte(&self, waited: Duration) {
-        self.decode_first_byte.observe(waited.as_secs_f64());
+    pub(super) fn dispatched(&self, took: Duration) {
+        self.dispatch.observe(took.as_secs_f64());
     }
 
-    pub(super) fn inter_chunk(&self, waited: Duration) {
-        self.inter_chunk.observe(waited.as_secs_f64());
+    /// P's reply is complete.
+    pub(super) fn prefill_leg(&self, took: Duration) {
+        self.prefill.observe(took.as_secs_f64());
+    }
+
+    pub(super) fn leg_first_byte(&self, leg: AnswerLeg, waited: Duration) {
+        self.leg(leg).first_byte.observe(waited.as_secs_f64());
+    }
+
+    pub(super) fn answer_leg(&self, leg: AnswerLeg, took: Duration) {
+        self.leg(leg).whole.observe(took.as_secs_f64());
+    }
+
+    fn leg(&self, leg: AnswerLeg) -> &LegMetrics {
+        match leg {
+            AnswerLeg::Decode => &self.decode,
+            AnswerLeg::Whole => &self.whole,
+        }
     }
 
     pub(super) fn hold_in_flight(&self) -> GaugeGuard {
@@ -166,6 +260,46 @@ impl RouterMetrics {
     pub(super) fn hold_queued(&self) -> GaugeGuard {
         GaugeGuard::hold(&self.queued)
     }
+}
+
+/// In the order of [`RouterMetrics::way`].
+fn ways(registry: &mut Registry) -> [WayMetrics; 3] {
+    let mut family = |name, help| {
+        let family = Family::<PathLabels, Histogram>::new_with_constructor(seconds);
+        registry.register(name, help, family.clone());
+        family
+    };
+    let ttft = family(
+        "ttft_seconds",
+        "From a request's head to the first piece of its answer",
+    );
+    let itl = family(
+        "itl_seconds",
+        "Between two events of a streamed completion or chat",
+    );
+    let tpot = family(
+        "tpot_seconds",
+        "Mean time between the events of one streamed completion or chat",
+    );
+    let total = family(
+        "request_seconds",
+        "From a request's head to the end of its answer",
+    );
+    [Way::None, Way::Split, Way::Whole].map(|way| {
+        let path = PathLabels { path: way.label() };
+        WayMetrics {
+            ttft: ttft.get_or_create_owned(&path),
+            itl: itl.get_or_create_owned(&path),
+            tpot: tpot.get_or_create_owned(&path),
+            total: total.get_or_create_owned(&path),
+        }
+    })
+}
+
+fn histogram(registry: &mut Registry, name: &'static str, help: &'static str) -> Histogram {
+    let histogram = seconds();
+    registry.register(name, help, histogram.clone());
+    histogram
 }
 
 fn seconds() -> Histogram {
@@ -187,102 +321,5 @@ impl GaugeGuard {
 impl Drop for GaugeGuard {
     fn drop(&mut self) {
         self.0.dec();
-    }
-}
-
-/// How a request ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Outcome {
-    Ok,
-    /// A node or the router refused it as the client's mistake.
-    ClientError,
-    /// No place or no node.
-    Refused,
-    Failed,
-    /// Failed after its first byte.
-    BrokenOff,
-    Cancelled,
-}
-
-impl Outcome {
-    pub(super) fn of(status: http::StatusCode) -> Self {
-        match status.as_u16() {
-            429 | 503 => Self::Refused,
-            400..500 => Self::ClientError,
-            500.. => Self::Failed,
-            _ => Self::Ok,
-        }
-    }
-
-    fn label(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::ClientError => "client_error",
-            Self::Refused => "refused",
-            Self::Failed => "failed",
-            Self::BrokenOff => "broken_off",
-            Self::Cancelled => "cancelled",
-        }
-    }
-}
-
-/// One request's figures. Dropped unfinished, it counts as cancelled: only the client's going
-/// away drops a request in the middle.
-#[derive(Debug)]
-pub(super) struct Observation {
-    metrics: RouterMetrics,
-    endpoint: Endpoint,
-    path: &'static str,
-    reason: &'static str,
-    started: Instant,
-    outcome: Outcome,
-}
-
-impl Observation {
-    pub(super) fn start(metrics: &RouterMetrics, endpoint: Endpoint) -> Self {
-        Self {
-            metrics: metrics.clone(),
-            endpoint,
-            path: "none",
-            reason: "",
-            started: Instant::now(),
-            outcome: Outcome::Cancelled,
-        }
-    }
-
-    /// `None`: split.
-    pub(super) fn takes_path(&mut self, whole: Option<WholeReason>) {
-        (self.path, self.reason) = match whole {
-            Some(reason) => ("whole", reason.label()),
-            None => ("split", ""),
-        };
-    }
-
-    pub(super) fn first_byte(&self) {
-        let path = PathLabels { path: self.path };
-        let waited = self.started.elapsed().as_secs_f64();
-        self.metrics.ttft.get_or_create(&path).observe(waited);
-    }
-
-    pub(super) fn finish(mut self, outcome: Outcome) {
-        self.outcome = outcome;
-    }
-}
-
-impl Drop for Observation {
-    fn drop(&mut self) {
-        if self.outcome == Outcome::Cancelled {
-            self.metrics.cancellations.inc();
-        }
-        let labels = RequestLabels {
-            endpoint: self.endpoint.label(),
-            outcome: self.outcome.label(),
-            path: self.path,
-            reason: self.reason,
-        };
-        self.metrics.requests.get_or_create(&labels).inc();
-        let path = PathLabels { path: self.path };
-        let total = self.started.elapsed().as_secs_f64();
-        self.metrics.total.get_or_create(&path).observe(total);
     }
 }

@@ -13,7 +13,7 @@
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use http::{HeaderMap, header};
 
 use super::Context;
@@ -48,7 +48,7 @@ pub(super) async fn pass_on(State(cx): State<Arc<Context>>, request: Request) ->
             path: path.to_owned(),
         }
     };
-    error.into_response()
+    error.response_for(request.headers())
 }
 
 fn wants_websocket(headers: &HeaderMap) -> bool {

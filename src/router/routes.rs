@@ -22,17 +22,18 @@ use axum::routing::{get, post};
 use axum::{Json, body::HttpBody};
 use bytes::Bytes;
 use http::uri::PathAndQuery;
-use http::{HeaderValue, Method, StatusCode, Uri, header};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde_json::json;
 
+use super::access::Access;
 use super::admission::{has_ready_node, retry_after};
 use super::body::Fields;
 use super::dispatch::{Delivery, Task, deliver};
 use super::error::RouterError;
 use super::handoff::{Stage, prefill};
-use super::legs::{Caller, CompleteReply, Reply, Target, head};
-use super::metrics::{Observation, Outcome};
+use super::legs::{Caller, CompleteReply, Reply, Target, echo_id, head};
+use super::observation::{Observation, Outcome};
 use super::split::{Endpoint, WholeReason, never_split};
 use super::stream::{Held, Last, ReplyBody};
 use super::{Call, Context, cors, keys, proxy};
@@ -40,6 +41,7 @@ use crate::fleet::Role;
 
 /// From a request's head to the end of its body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+const SERVER_TIMING: header::HeaderName = header::HeaderName::from_static("server-timing");
 
 type Shared = State<Arc<Context>>;
 
@@ -68,8 +70,9 @@ pub(super) fn routes(cx: Arc<Context>) -> Router {
 /// For who runs the fleet: on a listener of its own, or on the clients' one.
 pub(super) fn figures(cx: Arc<Context>) -> Router {
     let health = Router::new().route("/health", get(health));
-    let nothing = async |uri: Uri| RouterError::NotFound {
-        path: uri.path().to_owned(),
+    let nothing = async |uri: Uri, headers: HeaderMap| {
+        let path = uri.path().to_owned();
+        RouterError::NotFound { path }.response_for(&headers)
     };
     with_figures(health).fallback(nothing).with_state(cx)
 }
@@ -89,9 +92,10 @@ async fn chat(State(cx): Shared, request: Request) -> Response {
 }
 
 pub(super) async fn serve(cx: Arc<Context>, endpoint: Endpoint, request: Request) -> Response {
-    let mut observation = Observation::start(&cx.metrics, endpoint);
     let (parts, body) = request.into_parts();
     let caller = Caller::new(&parts.headers, endpoint, cx.keys.is_some());
+    let access = Access::begin(cx.plan.access_log, &caller.id, &parts);
+    let mut observation = Observation::start(&cx.metrics, endpoint, access);
     let (method, path) = (&parts.method, parts.uri.path_and_query());
     let arrival = Arrival {
         endpoint,
@@ -106,15 +110,22 @@ pub(super) async fn serve(cx: Arc<Context>, endpoint: Endpoint, request: Request
         caller: &caller,
         body,
     };
-    let mut response = match answer(&cx, arrival, &mut observation).await {
-        Ok(answer) => answer.commit(&cx, observation),
+    let answer = answer(&cx, arrival, &mut observation).await;
+    let status = answer
+        .as_ref()
+        .map_or_else(RouterError::status, Answer::status);
+    let timing = observation.commit(status);
+    let mut response = match answer {
+        Ok(answer) => answer.commit(&cx, &caller, observation),
         Err(error) => {
-            observation.finish(Outcome::of(error.status()));
-            error.into_response()
+            observation.finish(Outcome::of(status));
+            error.response(&caller.id)
         }
     };
-    if let Some((name, id)) = caller.echo() {
-        response.headers_mut().insert(name, id);
+    let headers = response.headers_mut();
+    echo_id(&caller.id, headers);
+    if let Some(timing) = timing {
+        headers.insert(SERVER_TIMING, timing);
     }
     response
 }
@@ -142,26 +153,31 @@ async fn answer(
     observation: &mut Observation,
 ) -> Result<Answer, RouterError> {
     let permit = cx.admission.enter(&cx.fleet).await?;
+    observation.timeline.admitted();
     let original = read_body(arrival.body, cx.plan.max_body).await?;
+    observation.timeline.body_read();
     let fields = match arrival.endpoint {
         // It need not be JSON.
         Endpoint::Other => Fields::parse(&original).unwrap_or_default(),
         Endpoint::Completions | Endpoint::Chat => Fields::parse(&original)?,
     };
+    let whole = never_split(arrival.endpoint, &fields)
+        .or_else(|| (!cx.fleet.borrow().can_split()).then_some(WholeReason::NoPair));
+    observation.takes_path(whole);
     let call = Call {
-        endpoint: arrival.endpoint,
         target: arrival.target,
         caller: arrival.caller,
         fields: &fields,
         original: &original,
+        timeline: &observation.timeline,
     };
-    let whole = never_split(call.endpoint, &fields)
-        .or_else(|| (!cx.fleet.borrow().can_split()).then_some(WholeReason::NoPair));
-    observation.takes_path(whole);
     let (delivery, prefill) = match whole {
         Some(reason) => (deliver(cx, &call, Task::Whole(reason)).await?, None),
         None => match prefill(cx, &call).await {
-            Stage::Rejected(reply) => return Ok(Answer::Rejected(reply)),
+            Stage::Rejected(reply) => {
+                call.timeline.first_piece();
+                return Ok(Answer::Rejected(reply));
+            }
             Stage::Decode(prefilled) => {
                 let delivery = deliver(cx, &call, Task::Decode(&prefilled)).await?;
                 (delivery, prefilled.background)
@@ -176,8 +192,17 @@ async fn answer(
 }
 
 impl Answer {
-    fn commit(self, cx: &Context, observation: Observation) -> Response {
-        observation.first_byte();
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::Rejected(reply) => reply.status,
+            Self::Delivered { delivery, .. } => match &delivery.reply {
+                Reply::Complete(reply) => reply.status,
+                Reply::Streamed(reply) => reply.status,
+            },
+        }
+    }
+
+    fn commit(self, cx: &Context, caller: &Caller, mut observation: Observation) -> Response {
         let (delivery, prefill, permit) = match self {
             Self::Rejected(reply) => return complete(reply, observation),
             Self::Delivered {
@@ -194,15 +219,16 @@ impl Answer {
                 complete(reply, observation)
             }
             Reply::Streamed(reply) => {
+                observation.streams(&reply.first);
                 let held = Held {
                     permit,
                     pick: delivery.pick,
                     prefill,
                     observation,
+                    id: caller.id.clone(),
                 };
                 let timeout = cx.plan.chunk_timeout;
-                let metrics = cx.metrics.clone();
-                let body = ReplyBody::new(reply.first, reply.rest, held, timeout, metrics);
+                let body = ReplyBody::new(reply.first, reply.rest, held, timeout);
                 head(reply.status, reply.content_type, Body::new(body))
             }
         }
@@ -234,12 +260,12 @@ async fn models(State(cx): Shared) -> Response {
     Json(json!({"object": "list", "data": models})).into_response()
 }
 
-async fn model(State(cx): Shared, Path(id): Path<String>) -> Response {
+async fn model(State(cx): Shared, Path(id): Path<String>, headers: HeaderMap) -> Response {
     let known = cx.models();
     if known.contains(&id) {
         return Json(cx.model(&id)).into_response();
     }
-    RouterError::NoModel { id, known }.into_response()
+    RouterError::NoModel { id, known }.response_for(&headers)
 }
 
 impl Context {
@@ -326,9 +352,10 @@ async fn metrics(State(cx): Shared) -> Response {
         .into_response()
 }
 
-async fn method_not_allowed(method: Method, uri: Uri) -> RouterError {
-    RouterError::MethodNotAllowed {
+async fn method_not_allowed(method: Method, uri: Uri, headers: HeaderMap) -> Response {
+    let error = RouterError::MethodNotAllowed {
         method,
         path: uri.path().to_owned(),
-    }
+    };
+    error.response_for(&headers)
 }

@@ -12,6 +12,7 @@
 mod opening;
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -22,7 +23,7 @@ use tokio::time::{Instant, Sleep, sleep};
 use super::balance::Pick;
 use super::error::error_event;
 use super::legs::LegError;
-use super::metrics::{Observation, Outcome, RouterMetrics};
+use super::observation::{Observation, Outcome};
 
 /// Bytes of one event.
 const MAX_EVENT: usize = 16 << 20;
@@ -220,6 +221,8 @@ pub(super) struct Held {
     pub(super) pick: Pick,
     pub(super) prefill: Option<super::handoff::Background>,
     pub(super) observation: Observation,
+    /// What the client knows the request by.
+    pub(super) id: Arc<str>,
 }
 
 /// A timer that ends so late was not looked at.
@@ -234,8 +237,6 @@ pub(super) struct ReplyBody {
     /// silent node.
     armed: bool,
     chunk_timeout: Duration,
-    last: Instant,
-    metrics: RouterMetrics,
 }
 
 impl ReplyBody {
@@ -244,7 +245,6 @@ impl ReplyBody {
         rest: EventStream,
         held: Held,
         chunk_timeout: Duration,
-        metrics: RouterMetrics,
     ) -> Self {
         Self {
             first: Some(first),
@@ -252,8 +252,6 @@ impl ReplyBody {
             silence: Box::pin(sleep(chunk_timeout)),
             armed: false,
             chunk_timeout,
-            last: Instant::now(),
-            metrics,
         }
     }
 
@@ -310,16 +308,14 @@ impl Body for ReplyBody {
         if let Some(first) = this.first.take() {
             return Poll::Ready(Some(Ok(Frame::data(first))));
         }
-        let Some((stream, _)) = &mut this.running else {
+        let Some((stream, held)) = &mut this.running else {
             return Poll::Ready(None);
         };
         let last = stream.splitter.last;
         let error = match stream.poll_events(cx) {
             Poll::Ready(Some(Ok(events))) => {
                 this.armed = false;
-                let now = Instant::now();
-                this.metrics.inter_chunk(now - this.last);
-                this.last = now;
+                held.observation.piece(&events);
                 return Poll::Ready(Some(Ok(Frame::data(events))));
             }
             Poll::Ready(None) => {
@@ -332,11 +328,13 @@ impl Body for ReplyBody {
                 LegError::ChunkTimeout(this.chunk_timeout)
             }
         };
-        if let Some((_, held)) = &this.running {
-            tracing::warn!(node = %held.pick.node(), %error, "a stream broke off");
-        }
+        let Some((_, held)) = &this.running else {
+            return Poll::Ready(None);
+        };
+        tracing::warn!(node = %held.pick.node(), id = %held.id, %error, "a stream broke off");
+        let event = error_event(&error, last, &held.id);
         this.end(Outcome::BrokenOff);
-        Poll::Ready(Some(Ok(Frame::data(error_event(&error, last)))))
+        Poll::Ready(Some(Ok(Frame::data(event))))
     }
 }
 

@@ -146,6 +146,7 @@ pub(super) const ROUTER: Table = Table {
         key("max_queue", Integer(0, 1_000_000, 1), Is("1024"), "Requests that may wait; more are answered 429."),
         key("queue_timeout", DurationOrZero, Is("\"60s\""), "How long a request waits; \"0s\" for not at all."),
         key("drain_timeout", DurationOrZero, Is("\"30s\""), "After Ctrl-C, how long running requests may finish."),
+        key("access_log", Boolean, Is("false"), "One line in the log for every request, at level info; else at debug."),
     ],
 };
 

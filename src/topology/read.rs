@@ -248,6 +248,9 @@ fn router(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RouterSettings {
         drain_timeout: section
             .get("drain_timeout", duration_or_zero)
             .unwrap_or(default.drain_timeout),
+        access_log: section
+            .get("access_log", boolean)
+            .unwrap_or(default.access_log),
     }
 }
 

@@ -48,6 +48,8 @@ pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
 pub enum Answer {
     /// Eight tokens, as JSON or as events.
     Tokens,
+    /// The same as events, this many milliseconds apart.
+    Paced(u64),
     Status(u16, &'static str),
     /// Never, until the caller goes away.
     Hang,
@@ -222,6 +224,24 @@ async fn reply(answer: Answer, seen: &Seen, active: Active) -> Response {
         Answer::Tokens => {
             drop(active);
             axum::Json(json!({"object": "text", "tag": tag})).into_response()
+        }
+        Answer::Paced(apart) => {
+            let apart = Duration::from_millis(apart);
+            let token = move |index| format!("data: {{\"token\":{index},\"tag\":{tag}}}\n\n");
+            let done = "data: [DONE]\n\n".to_owned();
+            let events = (0..8).map(token).chain([done]).enumerate();
+            let events = stream::iter(events).then(move |(index, event)| async move {
+                if (1..8).contains(&index) {
+                    tokio::time::sleep(apart).await;
+                }
+                Ok::<_, std::io::Error>(Bytes::from(event))
+            });
+            let held = events.inspect(move |_| _ = &active);
+            (
+                [("content-type", "text/event-stream")],
+                Body::from_stream(held),
+            )
+                .into_response()
         }
         Answer::Status(code, text) => {
             drop(active);

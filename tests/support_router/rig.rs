@@ -30,10 +30,6 @@ pub fn plan() -> RouterPlan {
     let far = HANG * 10;
     RouterPlan {
         listen: SocketAddr::from(([127, 0, 0, 1], 0)),
-        api_keys: None,
-        tls: None,
-        cors_origins: Vec::new(),
-        metrics_listen: None,
         connect_timeout: far,
         first_byte_timeout: far,
         chunk_timeout: far,
@@ -43,6 +39,7 @@ pub fn plan() -> RouterPlan {
         max_queue: 512,
         queue_timeout: far,
         drain_timeout: far,
+        ..RouterPlan::default()
     }
 }
 
