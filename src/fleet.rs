@@ -25,6 +25,10 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+mod key;
+
+pub use key::NodeKey;
+
 /// A node's name, unique in its topology: the `name` of its `[[node]]`, with `-0`, `-1`, ...
 /// appended when `count` is above one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]

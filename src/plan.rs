@@ -9,7 +9,7 @@ use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
-use crate::fleet::{NodeId, Role};
+use crate::fleet::{NodeId, NodeKey, Role};
 use crate::host::HostSnapshot;
 pub use crate::topology::{
     Device, RouterSettings as RouterPlan, SupervisorSettings as SupervisorPlan,
@@ -47,7 +47,7 @@ pub struct Plan {
     pub supervisor: SupervisorPlan,
     /// Ordered as in the topology.
     pub nodes: Vec<NodePlan>,
-    /// What must not be shown of `argv` and `env`, besides pegaflow's own token.
+    /// What must not be shown of `argv` and `env`, and in the nodes' logs.
     pub secrets: Secrets,
     /// What a person should know although it does not prevent the start.
     pub warnings: Vec<String>,
@@ -118,6 +118,8 @@ pub struct PlanInputs {
     pub shim_dir: PathBuf,
     /// What a node must show to PegaEngine.
     pub kv_token: String,
+    /// What the nodes must be shown.
+    pub node_key: NodeKey,
     /// Differs between runs.
     pub run_id: String,
     /// `PYTHONPATH` of pegaflow's own environment.
@@ -186,6 +188,8 @@ impl Plan {
                 ..launch.node(replica, placement)
             })
             .collect();
+        let mut secrets = topology.secrets.clone();
+        secrets.add(inputs.node_key.reveal());
         Ok(Self {
             name: topology.name.clone(),
             device: topology.device,
@@ -198,7 +202,7 @@ impl Plan {
             router: topology.router.clone(),
             supervisor: topology.supervisor.clone(),
             nodes,
-            secrets: topology.secrets.clone(),
+            secrets,
             warnings,
         })
     }

@@ -49,7 +49,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::fleet::FleetWatch;
+use crate::fleet::{FleetWatch, NodeKey};
 use crate::handoff::HandoffBoard;
 use crate::notify::Vitals;
 use crate::plan::RouterPlan;
@@ -77,6 +77,8 @@ pub struct RouterDeps {
     pub keys: Option<ApiKeys>,
     /// What clients speak; `None`: plain HTTP.
     pub tls: Option<Tls>,
+    /// What the nodes want to be shown, but those that others started.
+    pub node_key: Option<NodeKey>,
     pub metrics: RouterMetrics,
     /// What `GET /metrics` prints.
     pub registry: Arc<Registry>,
@@ -185,7 +187,7 @@ impl Context {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         Ok(Self {
             admission: admission::Admission::new(&deps.plan, &deps.metrics),
-            client: legs::Client::new(&deps.plan).map_err(RouterError::Client)?,
+            client: legs::Client::new(&deps.plan, deps.node_key.as_ref()).map_err(RouterError::Client)?,
             background: TaskTracker::new(),
             stop: CancellationToken::new(),
             draining: shutdown.graceful().clone(),

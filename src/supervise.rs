@@ -67,7 +67,7 @@ use nix::unistd::{Pid, getpid};
 use tokio::sync::mpsc;
 use tokio::task::{self, JoinSet};
 
-use crate::fleet::{FleetPublisher, KvTrust, NodeId, Phase};
+use crate::fleet::{FleetPublisher, KvTrust, NodeId, NodeKey, Phase};
 use crate::handoff::HandoffBoard;
 use crate::notify::Vitals;
 use crate::plan::{NodePlan, SupervisorPlan};
@@ -125,6 +125,8 @@ pub struct SupervisorDeps {
     pub console: Arc<dyn LogSink>,
     /// Where each actor shows that it makes progress.
     pub vitals: Vitals,
+    /// What the nodes want to be shown.
+    pub node_key: Option<NodeKey>,
     /// What the nodes' logs must not show.
     pub secrets: Secrets,
     pub metrics: SupervisorMetrics,
@@ -160,7 +162,7 @@ pub async fn run(deps: SupervisorDeps, shutdown: Shutdown) -> Result<(), Supervi
         path: deps.log_dir.clone(),
         source,
     })?;
-    let client = NodeClient::new().map_err(SupervisorError::Client)?;
+    let client = NodeClient::new(deps.node_key.as_ref()).map_err(SupervisorError::Client)?;
     let shared = Arc::new(Shared {
         plan: deps.plan,
         client: client.clone(),

@@ -9,7 +9,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use pegaflow::fleet::Role;
+use pegaflow::fleet::{NodeKey, Role};
 use pegaflow::host::{Gpu, HostSnapshot, MemoryFacts, NvmlStatus};
 use pegaflow::plan::{NodePlan, Plan, PlanErrors, PlanInputs, PlanProblem};
 use pegaflow::topology::{Device, Launcher, ModelFacts, Topology, cpu_sibling};
@@ -50,6 +50,7 @@ fn inputs() -> PlanInputs {
         engine_socket: "run/engine.sock".into(),
         shim_dir: "run/shim".into(),
         kv_token: "s3cret-token".to_owned(),
+        node_key: NodeKey::random(),
         run_id: "run-1".to_owned(),
         inherited_pythonpath: None,
         cpu_config: None,

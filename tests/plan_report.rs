@@ -11,6 +11,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use pegaflow::fleet::NodeKey;
 use pegaflow::host::{Gpu, GpuPath, HostSnapshot, HugePages, Link, MemoryFacts, NumaNode};
 use pegaflow::plan::{Plan, PlanInputs, Report};
 use pegaflow::topology::{Launcher, ModelFacts, Surroundings, Topology};
@@ -102,6 +103,7 @@ fn report() -> Report {
         engine_socket: "/run/user/1000/pegaflow/t/engine.sock".into(),
         shim_dir: "/run/user/1000/pegaflow/t/shim".into(),
         kv_token: "s3cret-token".to_owned(),
+        node_key: NodeKey::random(),
         run_id: "0123456789abcdef".to_owned(),
         inherited_pythonpath: None,
         cpu_config: None,

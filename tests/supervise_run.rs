@@ -105,6 +105,7 @@ impl Supervised {
         let fleet = FleetPublisher::new([NodeView::pending("n".into(), Role::Unified, addr)]);
         let shutdown = Shutdown::default();
         let deps = SupervisorDeps {
+            node_key: None,
             nodes: vec![node],
             plan,
             canary: CanaryPlan {

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::{Context, Exit};
+use crate::fleet::NodeKey;
 use crate::host::{self, HostSnapshot, PortRanges};
 use crate::instance;
 use crate::model;
@@ -103,6 +104,7 @@ pub struct Run<'a> {
     topology: &'a Topology,
     run_dir: &'a Path,
     token: &'a str,
+    pub node_key: NodeKey,
     ports: PortRanges,
 }
 
@@ -115,6 +117,7 @@ impl<'a> Run<'a> {
             topology,
             run_dir,
             token,
+            node_key: NodeKey::random(),
             ports,
         })
     }
@@ -144,6 +147,7 @@ impl<'a> Run<'a> {
             engine_socket: instance::engine_socket(self.run_dir),
             shim_dir: instance::shim_dir(self.run_dir),
             kv_token: self.token.into(),
+            node_key: self.node_key.clone(),
             run_id: format!("{:016x}", rand::random::<u64>()),
             inherited_pythonpath: std::env::var("PYTHONPATH").ok(),
             cpu_config: topology::cpu_sibling(self.topology.source.file()),

@@ -245,6 +245,7 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
         kv_ready: KvReady::Reply,
         keys,
         tls,
+        node_key: None,
         metrics: RouterMetrics::register(&mut registry),
         registry: Arc::new(registry),
         vitals,

@@ -27,7 +27,7 @@ use super::ready::{self, Start};
 use super::{Context, Exit};
 use crate::control::{About, Control, ControlDeps, Devices};
 use crate::engine::{Engine, EngineConfig};
-use crate::fleet::{FleetPublisher, FleetWatch, NodeId, NodeView};
+use crate::fleet::{FleetPublisher, FleetWatch, NodeId, NodeKey, NodeView};
 use crate::handoff::HandoffBoard;
 use crate::host::{self, GpuWatcher};
 use crate::instance::{Instance, InstanceError, InstanceInfo};
@@ -93,6 +93,7 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
     let own = Own {
         instance: &instance,
         token,
+        node_key: run.node_key.clone(),
         groups,
         credentials,
     };
@@ -123,6 +124,8 @@ struct Own<'a> {
     instance: &'a Instance,
     /// What nodes show to the engine.
     token: String,
+    /// What the nodes want to be shown.
+    node_key: NodeKey,
     groups: Option<Groups>,
     credentials: Credentials,
 }
@@ -132,6 +135,7 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
     let Own {
         instance,
         token,
+        node_key,
         groups,
         credentials: Credentials { keys, tls },
     } = own;
@@ -187,6 +191,7 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
         guard_program: guard_program()?,
         console: Arc::new(NodeLines(cx.console.clone())),
         vitals: cx.service.vitals.clone(),
+        node_key: Some(node_key.clone()),
         secrets: plan.secrets.clone(),
         metrics: restarts,
         groups,
@@ -201,6 +206,7 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
         kv_ready: KvReady::default(),
         keys,
         tls,
+        node_key: Some(node_key),
         metrics,
         registry: Arc::new(registry),
         vitals: cx.service.vitals.clone(),

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::json;
 
 use super::{NodePlan, Placement, PlanInputs, Replica, cpu, loopback};
+use crate::fleet::NodeKey;
 use crate::topology::{Device, Launcher, ModelRef, Topology};
 
 /// What all nodes have in common.
@@ -99,6 +100,7 @@ impl Launch<'_> {
         set("VLLM_PORT", placement.internal_port.to_string());
         set("PEGAFLOW_NODE", replica.id.to_string());
         set("PEGAFLOW_RUN_ID", inputs.run_id.clone());
+        set(NodeKey::VARIABLE, inputs.node_key.reveal().to_owned());
         match topology.device {
             Device::Cuda => {
                 let gpus: Vec<String> = placement.gpus.iter().map(u32::to_string).collect();

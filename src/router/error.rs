@@ -50,7 +50,7 @@ pub enum RouterError {
         nodes: String,
         retry_after: u64,
     },
-    #[error("the nodes could not answer; the last, {node}: {source}")]
+    #[error("the nodes could not answer; the last, {node}: {source}{}", source.quote())]
     Nodes {
         node: NodeId,
         #[source]
@@ -143,7 +143,7 @@ impl RouterError {
 
 /// The event that ends a stream which cannot go on. There is no `[DONE]` after it.
 pub(super) fn error_event(error: &LegError, last: Last, id: &str) -> Bytes {
-    let message = format!("the stream broke off: {error}");
+    let message = format!("the stream broke off: {error}{}", error.quote());
     let json = error_json(&message, StatusCode::BAD_GATEWAY, error.label(), id);
     match last {
         Last::Done => format!("data: {json}\n\n"),

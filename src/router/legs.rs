@@ -12,7 +12,7 @@ use tokio::time::{Instant, timeout_at};
 use super::balance::Pick;
 use super::split::Endpoint;
 use super::stream::{EventStream, FirstEvents, Last};
-use crate::fleet::{FleetSnapshot, FleetWatch, Phase};
+use crate::fleet::{FleetSnapshot, FleetWatch, NodeKey, Phase};
 
 /// Bytes of a reply that is not streamed.
 const MAX_REPLY: usize = 64 << 20;
@@ -44,7 +44,7 @@ pub enum LegError {
     FirstByteTimeout(Duration),
     #[error("nothing came for {0:?}")]
     ChunkTimeout(Duration),
-    #[error("it answered {status}: {excerpt}")]
+    #[error("it answered {status}")]
     Status { status: StatusCode, excerpt: String },
     #[error("it is no longer ready ({phase})")]
     NodeLost { phase: &'static str },
@@ -52,11 +52,19 @@ pub enum LegError {
     TooLarge { limit: usize },
     #[error("the stream ended too early")]
     Truncated,
-    #[error("the stream began with an error: {0}")]
+    #[error("the stream began with an error")]
     InStream(String),
 }
 
 impl LegError {
+    /// What the node said, for the client: it may quote the prompt, so it is in no log.
+    pub(super) fn quote(&self) -> String {
+        match self {
+            Self::Status { excerpt, .. } | Self::InStream(excerpt) => format!(": {excerpt}"),
+            _ => String::new(),
+        }
+    }
+
     /// A stable word for clients and metrics.
     pub(super) fn label(&self) -> &'static str {
         match self {
@@ -90,6 +98,8 @@ impl LegError {
     }
 
     fn from_client(error: reqwest::Error) -> Self {
+        // A client may have written anything into its query.
+        let error = error.without_url();
         if error.is_connect() {
             Self::Connect(error)
         } else {
@@ -218,10 +228,15 @@ pub(super) fn head(
 pub(super) struct Client {
     http: reqwest::Client,
     first_byte_timeout: Duration,
+    /// What nodes of ours want to be shown.
+    node_key: Option<HeaderValue>,
 }
 
 impl Client {
-    pub(super) fn new(plan: &crate::plan::RouterPlan) -> Result<Self, reqwest::Error> {
+    pub(super) fn new(
+        plan: &crate::plan::RouterPlan,
+        node_key: Option<&NodeKey>,
+    ) -> Result<Self, reqwest::Error> {
         let http = reqwest::Client::builder()
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
@@ -234,6 +249,7 @@ impl Client {
         Ok(Self {
             http,
             first_byte_timeout: plan.first_byte_timeout,
+            node_key: node_key.and_then(NodeKey::authorization),
         })
     }
 
@@ -259,6 +275,11 @@ impl Client {
         let id = format!("{}{}", leg.caller.id, leg.suffix);
         if let Ok(id) = HeaderValue::from_str(&id) {
             headers.insert(REQUEST_ID, id);
+        }
+        // Nothing of a client's own has a meaning there.
+        if let Some(key) = self.node_key.as_ref().filter(|_| !pick.is_external) {
+            headers.remove(API_KEY);
+            headers.insert(header::AUTHORIZATION, key.clone());
         }
         let url = format!("http://{}{}", pick.addr, leg.target.path);
         let request = self.http.request(leg.target.method.clone(), url);
@@ -311,7 +332,7 @@ async fn read_whole(body: reqwest::Body) -> Result<Bytes, LegError> {
     match Limited::new(body, MAX_REPLY).collect().await {
         Ok(body) => Ok(body.to_bytes()),
         Err(error) => Err(match error.downcast::<reqwest::Error>() {
-            Ok(error) => LegError::Transport(*error),
+            Ok(error) => LegError::from_client(*error),
             Err(_) => LegError::TooLarge { limit: MAX_REPLY },
         }),
     }

@@ -3,12 +3,13 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use http::StatusCode;
+use http::{HeaderValue, StatusCode, header};
 use reqwest::redirect::Policy;
 use serde_json::{Value, json};
 
 use super::liveness::{Canary, Pulse};
 use super::state::{Probe, Warmth};
+use crate::fleet::NodeKey;
 
 const CONNECT: Duration = Duration::from_secs(1);
 const HEALTH: Duration = Duration::from_secs(1);
@@ -44,10 +45,12 @@ impl CallError {
 #[derive(Debug, Clone)]
 pub struct NodeClient {
     http: reqwest::Client,
+    /// For what is below `/v1`; `/health` and `/metrics` are open.
+    authorization: Option<HeaderValue>,
 }
 
 impl NodeClient {
-    pub fn new() -> reqwest::Result<Self> {
+    pub fn new(key: Option<&NodeKey>) -> reqwest::Result<Self> {
         let http = reqwest::Client::builder()
             // The user's proxy knows nothing about our loopback.
             .no_proxy()
@@ -55,7 +58,10 @@ impl NodeClient {
             .connect_timeout(CONNECT)
             .pool_max_idle_per_host(2)
             .build()?;
-        Ok(Self { http })
+        Ok(Self {
+            http,
+            authorization: key.and_then(NodeKey::authorization),
+        })
     }
 
     pub async fn health(&self, addr: SocketAddr) -> Probe {
@@ -116,11 +122,14 @@ impl NodeClient {
         body: &Value,
         limit: Duration,
     ) -> Result<Value, CallError> {
-        let request = self
+        let mut request = self
             .http
             .post(format!("http://{addr}/v1/completions"))
-            .header(http::header::CONTENT_TYPE, "application/json")
+            .header(header::CONTENT_TYPE, "application/json")
             .body(body.to_string());
+        if let Some(key) = &self.authorization {
+            request = request.header(header::AUTHORIZATION, key.clone());
+        }
         let reply = call(request, limit).await?;
         serde_json::from_slice(&reply).map_err(CallError::Json)
     }

@@ -211,7 +211,7 @@ const FLAGS: &[(&str, Verdict)] = &[
     (
         "--api-key",
         Unsupported {
-            reason: "pegaflow's own probes carry no key, and nodes listen on loopback only",
+            reason: "pegaflow gives its nodes a key of their own; write `api_keys` in [router] for clients",
         },
     ),
     ("--enable-lora", Unsupported { reason: LORA }),
@@ -299,7 +299,9 @@ pub(super) fn owned_env(name: &str) -> Option<&'static str> {
         "VLLM_PORT" => "leave it out: every node gets a range of its own",
         "VLLM_CPU_KVCACHE_SPACE" => "write `kv_cache` in the [[node]]",
         "VLLM_CPU_OMP_THREADS_BIND" => "write `cpus` in the [[node]]",
-        "VLLM_API_KEY" => "leave it out: pegaflow's own probes carry no key",
+        "VLLM_API_KEY" => {
+            "leave it out: pegaflow gives its nodes a key of their own; write `api_keys` in [router] for clients"
+        }
         name if name.starts_with("PEGAFLOW_") => "leave it out",
         _ => return None,
     })

@@ -46,7 +46,8 @@ impl Secrets {
         }
     }
 
-    fn add(&mut self, value: &str) {
+    /// Hides this too.
+    pub fn add(&mut self, value: &str) {
         // A log has lines, and a value of several is found by each of them.
         for line in value.lines().map(str::trim) {
             // As JSON and Rust's and Python's debug formats write it.

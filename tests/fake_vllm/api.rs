@@ -8,8 +8,9 @@ use std::sync::atomic::Ordering;
 
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::State;
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode};
+use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use serde_json::{Value, json};
@@ -31,7 +32,24 @@ pub fn routes(server: Arc<Server>) -> Router {
         .route("/v1/chat/completions", post(chat))
         .route("/_fake/env", get(environment))
         .layer(axum::extract::DefaultBodyLimit::max(64 << 20))
+        .layer(axum::middleware::from_fn(authenticate))
         .with_state(server)
+}
+
+/// As vLLM does where `VLLM_API_KEY` is set: below these paths only.
+async fn authenticate(request: Request, next: Next) -> Response {
+    let wanted = std::env::var("VLLM_API_KEY").unwrap_or_default();
+    let path = request.uri().path();
+    let guarded = ["/v1", "/v2", "/inference", "/cohere"]
+        .iter()
+        .any(|prefix| path.starts_with(prefix));
+    let given = request.headers().get("authorization");
+    let shown = given.is_some_and(|given| given.as_bytes() == format!("Bearer {wanted}").as_bytes());
+    if wanted.is_empty() || !guarded || shown {
+        return next.run(request).await;
+    }
+    let body = axum::Json(json!({"error": "Unauthorized"}));
+    (StatusCode::UNAUTHORIZED, body).into_response()
 }
 
 async fn health(State(server): State<Arc<Server>>) -> StatusCode {

@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 
 import machine
+from prompts import NodeUrl
 
 ROOT = Path(__file__).resolve().parents[2]
 BINARY = Path(os.environ.get("PEGAFLOW_BIN", ROOT / "target/release/pegaflow"))
@@ -77,8 +78,8 @@ class Fleet:
     def node(self, name: str) -> dict:
         return httpx.get(f"{self.url}/status", timeout=30).json()["fleet"]["nodes"][name]
 
-    def node_url(self, name: str) -> str:
-        return f"http://{self.node(name)['addr']}"
+    def node_url(self, name: str) -> NodeUrl:
+        return NodeUrl.of(self.node(name))
 
     def is_back(self, name: str, incarnation: int) -> bool:
         node = self.node(name)

@@ -38,6 +38,19 @@ class Exact:
         return max(abs(a - b) for a, b in zip(self.logprobs, other.logprobs, strict=True))
 
 
+class NodeUrl(str):
+    """Where one node of a fleet listens, and the key that it wants to be shown."""
+
+    key: str
+
+    @classmethod
+    def of(cls, node: dict) -> "NodeUrl":
+        url = cls(f"http://{node['addr']}")
+        environment = Path(f"/proc/{node['pid']}/environ").read_bytes().split(b"\0")
+        url.key = next(item for item in environment if item.startswith(b"VLLM_API_KEY=")).decode().partition("=")[2]
+        return url
+
+
 def ask(url: str, ids: list[int], *, model: str, **extra: object) -> Exact:
     body = {
         "model": model,
@@ -48,7 +61,8 @@ def ask(url: str, ids: list[int], *, model: str, **extra: object) -> Exact:
         "logprobs": 1,
         "return_token_ids": True,
     } | extra
-    reply = httpx.post(f"{url}/v1/completions", json=body, timeout=120)
+    headers = {"Authorization": f"Bearer {url.key}"} if isinstance(url, NodeUrl) else {}
+    reply = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=120)
     assert reply.status_code == 200, reply.text
     choice = reply.json()["choices"][0]
     return Exact(tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"]))

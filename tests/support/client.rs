@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
 
-use super::{HANG, Pegaflow};
+use super::{HANG, Pegaflow, processes};
 
 /// How a generation request ended.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,6 +35,16 @@ pub struct Answer {
 
 /// Sends `body` to `/v1/chat/completions` if it has messages, else to `/v1/completions`.
 pub async fn generate(base: &str, body: &Value) -> Answer {
+    generate_as(&Endpoint { base, key: None }, body).await
+}
+
+/// Where, and with which key.
+struct Endpoint<'a> {
+    base: &'a str,
+    key: Option<&'a str>,
+}
+
+async fn generate_as(at: &Endpoint<'_>, body: &Value) -> Answer {
     let started = Instant::now();
     let mut answer = Answer {
         ending: Ending::Hung,
@@ -45,9 +55,9 @@ pub async fn generate(base: &str, body: &Value) -> Answer {
     };
     let work = async {
         let ending = if body["stream"] == true {
-            stream(base, body, &mut answer, started).await
+            stream(at, body, &mut answer, started).await
         } else {
-            whole(base, body, &mut answer, started).await
+            whole(at, body, &mut answer, started).await
         };
         answer.ending = ending;
     };
@@ -56,16 +66,19 @@ pub async fn generate(base: &str, body: &Value) -> Answer {
     answer
 }
 
-async fn post(base: &str, body: &Value) -> Result<reqwest::Response, Ending> {
+async fn post(at: &Endpoint<'_>, body: &Value) -> Result<reqwest::Response, Ending> {
     let path = if body["messages"].is_array() {
         "chat/completions"
     } else {
         "completions"
     };
-    let request = reqwest::Client::new()
-        .post(format!("{base}/v1/{path}"))
+    let mut request = reqwest::Client::new()
+        .post(format!("{}/v1/{path}", at.base))
         .header("content-type", "application/json")
         .body(body.to_string());
+    if let Some(key) = at.key {
+        request = request.bearer_auth(key);
+    }
     let response = request
         .send()
         .await
@@ -80,8 +93,13 @@ async fn post(base: &str, body: &Value) -> Result<reqwest::Response, Ending> {
     )))
 }
 
-async fn whole(base: &str, body: &Value, answer: &mut Answer, started: Instant) -> Ending {
-    let response = match post(base, body).await {
+async fn whole(
+    at: &Endpoint<'_>,
+    body: &Value,
+    answer: &mut Answer,
+    started: Instant,
+) -> Ending {
+    let response = match post(at, body).await {
         Ok(response) => response,
         Err(ending) => return ending,
     };
@@ -97,8 +115,13 @@ async fn whole(base: &str, body: &Value, answer: &mut Answer, started: Instant) 
     Ending::Complete
 }
 
-async fn stream(base: &str, body: &Value, answer: &mut Answer, started: Instant) -> Ending {
-    let response = match post(base, body).await {
+async fn stream(
+    at: &Endpoint<'_>,
+    body: &Value,
+    answer: &mut Answer,
+    started: Instant,
+) -> Ending {
+    let response = match post(at, body).await {
         Ok(response) => response,
         Err(ending) => return ending,
     };
@@ -181,8 +204,14 @@ impl Pegaflow<'_> {
 
     /// The same prompt, computed by one node without any hand-off.
     pub async fn whole(&self, node: &str, body: &Value) -> Answer {
-        let addr = self.node(node).await["addr"].as_str().unwrap().to_owned();
-        generate(&format!("http://{addr}"), body).await
+        let view = self.node(node).await;
+        let base = format!("http://{}", view["addr"].as_str().unwrap());
+        let key = node_key(&view);
+        let at = Endpoint {
+            base: &base,
+            key: Some(&key),
+        };
+        generate_as(&at, body).await
     }
 
     pub async fn get(&self, path: &str) -> String {
@@ -213,6 +242,12 @@ impl Pegaflow<'_> {
         let addr = self.node(node).await["addr"].as_str().unwrap().to_owned();
         metric(&get(&format!("http://{addr}/metrics")).await.unwrap(), name)
     }
+}
+
+/// What the node wants to be shown, as its own user can see.
+pub fn node_key(view: &Value) -> String {
+    let pid = u32::try_from(view["pid"].as_u64().unwrap()).unwrap();
+    processes::variable(pid, "VLLM_API_KEY").expect("the node has a key")
 }
 
 /// Ready, and trusted with KV.

@@ -15,6 +15,13 @@ pub fn with_environment(entry: &str) -> BTreeSet<u32> {
         .collect()
 }
 
+/// A variable of a process's environment.
+pub fn variable(pid: u32, name: &str) -> Option<String> {
+    let environment = fs::read_to_string(format!("/proc/{pid}/environ")).ok()?;
+    let mut items = environment.split('\0');
+    items.find_map(|item| Some(item.strip_prefix(name)?.strip_prefix('=')?.to_owned()))
+}
+
 fn all() -> impl Iterator<Item = u32> {
     let entries = fs::read_dir("/proc").unwrap().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())

@@ -34,7 +34,11 @@ pub fn router_command(flags: &[&str]) -> (Command, u16) {
 impl RouterProcess {
     /// Returns when it listens. What it logs goes to the test's own stderr.
     pub async fn start(flags: &[&str]) -> Self {
-        let (mut command, port) = router_command(flags);
+        let (command, port) = router_command(flags);
+        Self::launch(command, port).await
+    }
+
+    pub async fn launch(mut command: Command, port: u16) -> Self {
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
         let listens = tokio::task::spawn_blocking(move || {

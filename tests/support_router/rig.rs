@@ -102,6 +102,7 @@ impl Rig {
             kv_ready: KvReady::default(),
             keys: ApiKeys::open(api_keys.as_deref()).unwrap(),
             tls,
+            node_key: None,
             metrics: RouterMetrics::register(&mut registry),
             registry: Arc::new(registry),
             vitals: Vitals::default(),

@@ -30,6 +30,7 @@ mod ports;
 mod restarts;
 mod scarce;
 mod scoreboard;
+mod secrets;
 mod service;
 mod serving;
 mod starting;

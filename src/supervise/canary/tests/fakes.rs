@@ -170,7 +170,7 @@ impl Pair {
                 deadline: LIMIT,
                 partner_grace: LIMIT,
             },
-            client: NodeClient::new().unwrap(),
+            client: NodeClient::new(None).unwrap(),
             board,
             traffic,
             watch: fleet.watch(),
