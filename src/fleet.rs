@@ -181,7 +181,7 @@ pub struct NodeView {
     pub reason: Option<String>,
     /// When the phase was entered.
     pub since: SystemTime,
-    /// What it says that it serves; empty for the nodes of a topology, which says it.
+    /// What clients may write in `model` to reach it, its model's own name first; empty: it has not said.
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     pub models: Arc<[String]>,
 }
@@ -225,6 +225,19 @@ impl NodeView {
             pool: pool.into(),
             ..self
         }
+    }
+
+    pub fn serving(self, models: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        Self {
+            models: models.into_iter().map(Into::into).collect(),
+            ..self
+        }
+    }
+
+    /// It serves this model, as far as is known; `None`: whatever it is.
+    pub fn serves(&self, model: Option<&str>) -> bool {
+        let Some(model) = model else { return true };
+        self.models.is_empty() || self.models.iter().any(|served| served == model)
     }
 
     /// When it is started again, if it waits for that.
@@ -296,14 +309,19 @@ impl FleetSnapshot {
 
     /// A prefill and a decode node can hand off now.
     pub fn can_split(&self) -> bool {
-        let mut prefill = self.proven(Role::Prefill);
-        prefill.any(|node| self.has_decode_for(node))
+        self.can_split_for(None)
     }
 
-    /// A decode node that can load what this prefill node saves.
-    pub fn has_decode_for(&self, prefill: &NodeView) -> bool {
+    /// A prefill and a decode node that serve this model can hand off now.
+    pub fn can_split_for(&self, model: Option<&str>) -> bool {
+        let mut prefill = self.proven(Role::Prefill);
+        prefill.any(|node| node.serves(model) && self.has_decode_for(node, model))
+    }
+
+    /// A decode node that can load what this prefill node saves, and serves the model.
+    pub fn has_decode_for(&self, prefill: &NodeView, model: Option<&str>) -> bool {
         let mut decode = self.proven(Role::Decode);
-        decode.any(|node| node.pool == prefill.pool)
+        decode.any(|node| node.pool == prefill.pool && node.serves(model))
     }
 
     /// How much of what the topology asks for is served now.

@@ -11,6 +11,7 @@
 //!                                                       client              error JSON  stream
 //! ```
 //!
+//! - Only nodes that serve the request's `model` are asked: see [`models`](self) (`models.rs`).
 //! - Before the commit every failure is tried again elsewhere, unseen by the client; after it a
 //!   broken stream ends with an explicit error event.
 //! - A request is one future: when the client goes away hyper drops it, and with it both legs, the
@@ -30,6 +31,7 @@ mod handoff;
 mod keys;
 mod legs;
 mod metrics;
+mod models;
 mod observation;
 mod private_file;
 mod proxy;
@@ -66,8 +68,6 @@ pub use tls::{Tls, TlsError};
 #[derive(Debug, Clone)]
 pub struct RouterDeps {
     pub plan: RouterPlan,
-    /// What clients write in `model`; `None`: what the nodes say that they serve.
-    pub served_model: Option<String>,
     pub fleet: FleetWatch,
     pub board: HandoffBoard,
     pub traffic: Traffic,
@@ -163,7 +163,6 @@ pub async fn serve(
 /// What all requests share.
 struct Context {
     plan: RouterPlan,
-    served_model: Option<String>,
     kv_ready: KvReady,
     keys: Option<ApiKeys>,
     fleet: FleetWatch,
@@ -193,7 +192,6 @@ impl Context {
             draining: shutdown.graceful().clone(),
             started: since.map_or(0, |since| since.as_secs()),
             plan: deps.plan,
-            served_model: deps.served_model,
             kv_ready: deps.kv_ready,
             keys: deps.keys,
             fleet: deps.fleet,
@@ -209,6 +207,8 @@ impl Context {
 struct Call<'a> {
     target: legs::Target<'a>,
     caller: &'a legs::Caller,
+    /// As the nodes that serve it call it; `None`: every node will do.
+    model: Option<&'a str>,
     fields: &'a body::Fields<'a>,
     original: &'a Bytes,
     timeline: &'a timeline::Timeline,

@@ -45,6 +45,7 @@ mod guard;
 mod liveness;
 mod logs;
 mod metrics;
+mod models;
 mod node;
 mod obituary;
 mod oom;

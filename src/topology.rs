@@ -162,6 +162,8 @@ pub struct RouterSettings {
     pub tls: Option<TlsFiles>,
     /// Origins of web pages that may use it, or `*`.
     pub cors_origins: Vec<String>,
+    /// Other names for models, each with the model's own.
+    pub aliases: BTreeMap<String, String>,
     /// Where `/metrics` and `/status` are, if not where clients come in.
     pub metrics_listen: Option<SocketAddr>,
     pub connect_timeout: Duration,
@@ -193,6 +195,7 @@ impl Default for RouterSettings {
             api_keys: None,
             tls: None,
             cors_origins: Vec::new(),
+            aliases: BTreeMap::new(),
             metrics_listen: None,
             connect_timeout: seconds(5),
             first_byte_timeout: seconds(600),

@@ -63,6 +63,9 @@ pub struct RouterArgs {
     /// several times.
     #[arg(long, num_args = 1.., value_name = "ORIGIN", value_parser = origin)]
     cors_origin: Vec<String>,
+    /// Another name for a model, like gpt-4o=Qwen/Qwen3-8B. Can be given several times.
+    #[arg(long, num_args = 1.., value_name = "NAME=MODEL", value_parser = alias)]
+    alias: Vec<(String, String)>,
     /// Address and port for /metrics and /status, without TLS and keys; they are then not on --port.
     #[arg(long, value_name = "ADDRESS:PORT")]
     metrics_listen: Option<SocketAddr>,
@@ -122,6 +125,15 @@ fn duration(text: &str) -> Result<Duration, String> {
     match duration_or_zero(text)? {
         Duration::ZERO => Err("it must be above zero".to_owned()),
         duration => Ok(duration),
+    }
+}
+
+fn alias(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, model)) if !name.is_empty() && !model.is_empty() => {
+            Ok((name.to_owned(), model.to_owned()))
+        }
+        _ => Err("write NAME=MODEL, like gpt-4o=Qwen/Qwen3-8B".to_owned()),
     }
 }
 
@@ -200,6 +212,7 @@ impl RouterArgs {
             api_keys: self.api_keys.clone(),
             tls: self.tls(),
             cors_origins: self.cors_origin.clone(),
+            aliases: self.alias.iter().cloned().collect(),
             metrics_listen: self.metrics_listen,
             connect_timeout: limits.connect_timeout,
             first_byte_timeout: limits.first_byte_timeout,
@@ -238,7 +251,6 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
     let mut registry = Registry::default();
     let deps = RouterDeps {
         plan: settings,
-        served_model: None,
         fleet: fleet.watch(),
         board: HandoffBoard::default(),
         traffic,

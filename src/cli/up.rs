@@ -146,7 +146,9 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
     let engine = start_engine(plan, instance, token, &board, &mut registry)?;
     let fleet =
         FleetPublisher::new(plan.nodes.iter().map(|node| {
-            NodeView::pending(node.id.clone(), node.role, node.addr).in_pool(&node.pool)
+            NodeView::pending(node.id.clone(), node.role, node.addr)
+                .in_pool(&node.pool)
+                .serving([&plan.model.served_name])
         }));
 
     let mut gpus: Vec<u32> = plan
@@ -199,7 +201,6 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
     };
     let router = RouterDeps {
         plan: plan.router.clone(),
-        served_model: Some(plan.model.served_name.clone()),
         fleet: fleet.watch(),
         board,
         traffic,

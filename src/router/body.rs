@@ -27,7 +27,7 @@ pub(super) enum BodyError {
 #[derive(Debug, Default)]
 pub(super) struct Fields<'a> {
     entries: Vec<(Cow<'a, str>, &'a RawValue)>,
-    duplicates: bool,
+    changed: bool,
 }
 
 impl<'a> Fields<'a> {
@@ -58,9 +58,17 @@ impl<'a> Fields<'a> {
             .map(|(key, raw)| (key.as_ref(), raw.get()))
     }
 
-    /// The original bytes say something that [`Fields::iter`] does not.
-    pub(super) fn has_duplicates(&self) -> bool {
-        self.duplicates
+    /// The original bytes say something that [`Fields::iter`] does not: a key twice, or what was replaced.
+    pub(super) fn differ(&self) -> bool {
+        self.changed
+    }
+
+    /// Another value for a key that is there.
+    pub(super) fn replace(&mut self, key: &str, value: &'a RawValue) {
+        if let Some(entry) = self.entries.iter_mut().find(|(name, _)| *name == key) {
+            entry.1 = value;
+            self.changed = true;
+        }
     }
 }
 
@@ -85,7 +93,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Fields<'a> {
                     match fields.entries.iter_mut().find(|(name, _)| *name == key) {
                         Some(entry) => {
                             entry.1 = raw;
-                            fields.duplicates = true;
+                            fields.changed = true;
                         }
                         None if full => {
                             return Err(A::Error::custom("too many keys"));
@@ -147,7 +155,7 @@ mod tests {
         assert_eq!(fields.get("b"), Some("1.50"));
         assert_eq!(fields.get("c\n"), Some("null"));
         assert_eq!(fields.present("c\n"), None);
-        assert!(!fields.has_duplicates());
+        assert!(!fields.differ());
     }
 
     #[test]
@@ -155,7 +163,19 @@ mod tests {
         let fields = Fields::parse(br#"{"n":1,"x":0,"\u006e":2}"#).unwrap();
         assert_eq!(fields.get("n"), Some("2"));
         assert_eq!(fields.iter().count(), 2);
-        assert!(fields.has_duplicates());
+        assert!(fields.differ());
+    }
+
+    #[test]
+    fn a_value_that_is_replaced_stays_in_its_place() {
+        let mut fields = Fields::parse(br#"{"a":1,"model":"x","b":2}"#).unwrap();
+        let other: &RawValue = serde_json::from_str("\"y\"").unwrap();
+        fields.replace("absent", other);
+        assert!(!fields.differ());
+        fields.replace("model", other);
+        assert!(fields.differ());
+        let all: Vec<_> = fields.iter().collect();
+        assert_eq!(all, [("a", "1"), ("model", "\"y\""), ("b", "2")]);
     }
 
     #[test]

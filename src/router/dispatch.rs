@@ -89,7 +89,10 @@ pub(super) async fn deliver(
     call: &Call<'_>,
     task: Task<'_>,
 ) -> Result<Delivery, RouterError> {
-    let mut choice = Choice::default();
+    let mut choice = Choice {
+        model: call.model,
+        ..Choice::default()
+    };
     let mut patience = None;
     loop {
         let pick = choice.next(cx, &task, &mut patience).await?;
@@ -148,7 +151,9 @@ fn body_for(pick: &Pick, call: &Call<'_>, task: &Task<'_>) -> Bytes {
 
 /// Where the request has been.
 #[derive(Default)]
-struct Choice {
+struct Choice<'a> {
+    /// What its nodes serve.
+    model: Option<&'a str>,
     tried: Vec<(NodeId, u64)>,
     attempts: usize,
     last: Option<(NodeId, LegError)>,
@@ -161,7 +166,7 @@ struct Choice {
     forgiven: bool,
 }
 
-impl Choice {
+impl Choice<'_> {
     /// The next node. `patience` is set when there is none at first, and is not extended.
     async fn next(
         &mut self,
@@ -191,7 +196,7 @@ impl Choice {
     }
 
     fn pick(&self, cx: &Context, task: &Task<'_>, fleet: &FleetSnapshot) -> Option<Pick> {
-        let fresh = |node: &&NodeView| !self.has_tried(node);
+        let fresh = |node: &&NodeView| node.serves(self.model) && !self.has_tried(node);
         if task.handoff().is_some() {
             let proven = |node: &&NodeView| {
                 fresh(node) && node.can_hand_off() && task.suits(node.role, &node.pool)
@@ -232,7 +237,7 @@ impl Choice {
         let left = |id: &NodeId| fleet.node(id).is_some_and(returns);
         if self.last.as_ref().is_none_or(died)
             || self.left.iter().any(left)
-            || !super::admission::has_ready_node(fleet)
+            || !fleet.nodes().any(|node| node.is_ready() && node.serves(self.model))
         {
             return Some(patient);
         }

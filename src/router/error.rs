@@ -25,6 +25,8 @@ pub enum RouterError {
     NotFound { path: String },
     #[error("there is no model `{id}` here, but {}", listed(known))]
     NoModel { id: String, known: BTreeSet<String> },
+    #[error("a request must say which `model` it means: there is {}", listed(known))]
+    ModelMissing { known: BTreeSet<String> },
     #[error(
         "websockets and /v1/realtime are not served here; use an endpoint that streams events, such as /v1/responses"
     )]
@@ -72,7 +74,7 @@ impl RouterError {
             Self::Unauthorized => StatusCode::UNAUTHORIZED,
             Self::Websocket => StatusCode::NOT_IMPLEMENTED,
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
-            Self::Body(_) => StatusCode::BAD_REQUEST,
+            Self::Body(_) | Self::ModelMissing { .. } => StatusCode::BAD_REQUEST,
             Self::BodyTooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::BodyTimeout(_) => StatusCode::REQUEST_TIMEOUT,
             Self::QueueFull { .. } => StatusCode::TOO_MANY_REQUESTS,
@@ -89,6 +91,7 @@ impl RouterError {
             Self::Client(_) => "client",
             Self::NotFound { .. } => "not_found",
             Self::NoModel { .. } => "model_not_found",
+            Self::ModelMissing { .. } => "model_required",
             Self::Unauthorized => "invalid_api_key",
             Self::Websocket => "websocket",
             Self::MethodNotAllowed { .. } => "method_not_allowed",

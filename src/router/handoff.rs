@@ -63,7 +63,9 @@ async fn attempts(cx: &Context, call: &Call<'_>) -> Stage {
     let mut tried = Vec::new();
     let mut reason = "no_prefill_node";
     while tried.len() < MAX_ATTEMPTS {
-        let Some(pick) = pick(cx, &tried) else { break };
+        let Some(pick) = pick(cx, call.model, &tried) else {
+            break;
+        };
         if !tried.is_empty() {
             cx.metrics.retry("prefill", reason);
         }
@@ -121,11 +123,12 @@ const SILENCE: Duration = Duration::from_secs(3);
 
 type Tried = (crate::fleet::NodeId, u64);
 
-fn pick(cx: &Context, tried: &[Tried]) -> Option<Pick> {
+fn pick(cx: &Context, model: Option<&str>, tried: &[Tried]) -> Option<Pick> {
     let fleet = cx.fleet.borrow().clone();
     let fresh = |node: &&NodeView| {
         node.can_hand_off()
-            && fleet.has_decode_for(node)
+            && node.serves(model)
+            && fleet.has_decode_for(node, model)
             && !tried
                 .iter()
                 .any(|(id, incarnation)| *id == node.id && *incarnation == node.incarnation)

@@ -9,7 +9,7 @@
 //! | `GET /metrics` | Prometheus text; likewise |
 //! | others of vLLM | see [`super::proxy`] |
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,6 +36,7 @@ use super::legs::{Caller, CompleteReply, Reply, Target, echo_id, head};
 use super::observation::{Observation, Outcome};
 use super::split::{Endpoint, WholeReason, never_split};
 use super::stream::{Held, Last, ReplyBody};
+use super::models::{self, Wanted};
 use super::{Call, Context, cors, keys, proxy};
 use crate::fleet::Role;
 
@@ -156,17 +157,26 @@ async fn answer(
     observation.timeline.admitted();
     let original = read_body(arrival.body, cx.plan.max_body).await?;
     observation.timeline.body_read();
-    let fields = match arrival.endpoint {
-        // It need not be JSON.
-        Endpoint::Other => Fields::parse(&original).unwrap_or_default(),
-        Endpoint::Completions | Endpoint::Chat => Fields::parse(&original)?,
+    let parsed = Fields::parse(&original);
+    // It need not be JSON; then it names no model.
+    let is_opaque = arrival.endpoint == Endpoint::Other && parsed.is_err();
+    let mut fields = if is_opaque { Fields::default() } else { parsed? };
+    let wanted = match is_opaque {
+        true => Wanted::default(),
+        false => models::resolve(&cx.fleet.borrow(), &cx.plan.aliases, fields.present("model"))?,
     };
-    let whole = never_split(arrival.endpoint, &fields)
-        .or_else(|| (!cx.fleet.borrow().can_split()).then_some(WholeReason::NoPair));
+    if let Some(model) = &wanted.renamed {
+        fields.replace("model", model);
+    }
+    let whole = never_split(arrival.endpoint, &fields).or_else(|| {
+        let model = wanted.model.as_deref();
+        (!cx.fleet.borrow().can_split_for(model)).then_some(WholeReason::NoPair)
+    });
     observation.takes_path(whole);
     let call = Call {
         target: arrival.target,
         caller: arrival.caller,
+        model: wanted.model.as_deref(),
         fields: &fields,
         original: &original,
         timeline: &observation.timeline,
@@ -256,34 +266,26 @@ async fn read_body(body: Body, limit: usize) -> Result<Bytes, RouterError> {
 }
 
 async fn models(State(cx): Shared) -> Response {
-    let models: Vec<_> = cx.models().iter().map(|id| cx.model(id)).collect();
+    let known = models::known(&cx.fleet.borrow(), &cx.plan.aliases);
+    let models: Vec<_> = known.iter().map(|(id, root)| cx.model(id, root)).collect();
     Json(json!({"object": "list", "data": models})).into_response()
 }
 
 async fn model(State(cx): Shared, Path(id): Path<String>, headers: HeaderMap) -> Response {
-    let known = cx.models();
-    if known.contains(&id) {
-        return Json(cx.model(&id)).into_response();
+    let known = models::known(&cx.fleet.borrow(), &cx.plan.aliases);
+    if let Some(root) = known.get(&id) {
+        return Json(cx.model(&id, root)).into_response();
     }
+    let known = known.into_keys().collect();
     RouterError::NoModel { id, known }.response_for(&headers)
 }
 
 impl Context {
-    /// What clients may write in `model`.
-    fn models(&self) -> BTreeSet<String> {
-        match &self.served_model {
-            Some(model) => [model.clone()].into(),
-            None => {
-                let fleet = self.fleet.borrow();
-                let models = fleet.nodes().flat_map(|node| node.models.iter());
-                models.cloned().collect()
-            }
-        }
-    }
-
-    fn model(&self, id: &str) -> serde_json::Value {
+    /// `root`: the model that an alias stands for, else the same.
+    fn model(&self, id: &str, root: &str) -> serde_json::Value {
         json!({
             "id": id,
+            "root": root,
             "object": "model",
             "created": self.started,
             "owned_by": "pegaflow",

@@ -130,9 +130,9 @@ pub(super) fn kv_transfer_params(reply: &[u8]) -> Option<String> {
 }
 
 /// The body for a node that serves the request alone: the client's own bytes, unless they would
-/// steer KV or hold a key twice.
+/// steer KV, hold a key twice or name an alias.
 pub(super) fn whole_body(fields: &Fields<'_>, original: &Bytes) -> Bytes {
-    if !fields.has_duplicates() && !fields.iter().any(|(key, raw)| steers_kv(key, raw)) {
+    if !fields.differ() && !fields.iter().any(|(key, raw)| steers_kv(key, raw)) {
         return original.clone();
     }
     let mut writer = ObjectWriter::with_capacity(original.len());

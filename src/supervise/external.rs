@@ -17,12 +17,12 @@ use std::time::Duration;
 
 use http::StatusCode;
 use reqwest::redirect::Policy;
-use serde::Deserialize;
 use tokio::net::lookup_host;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
+use super::models::{MAX_MODELS, names};
 use crate::fleet::{FleetPublisher, NodeId, NodeView, Phase, Role};
 use crate::notify::{Beat, Vitals};
 use crate::topology::NodeUrl;
@@ -32,10 +32,6 @@ use crate::traffic::Traffic;
 const LOOK: Duration = Duration::from_secs(1);
 /// Looks in a row that a ready node may be late for: a busy API server stalls for seconds.
 const LATE_LOOKS: u32 = 3;
-/// Bytes of `/v1/models`.
-const MAX_MODELS: usize = 1 << 20;
-/// Names of models that are kept of one node.
-const MAX_NAMES: usize = 256;
 
 /// One node that others started.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -113,13 +109,14 @@ impl Watcher {
             let look = beat.during(self.look()).await;
             let before = self.standing.clone();
             self.standing.see(look);
-            self.publish(&before);
             if self.standing.phase != Phase::Ready {
                 self.models = None;
             } else if self.models.is_none() {
+                // Before anybody is told that it is ready: requests for another model must not get there.
                 self.models = beat.during(self.ask_models()).await;
                 self.publish_models();
             }
+            self.publish(&before);
             beat.mark();
             beat.during(async {
                 tokio::select! {
@@ -177,14 +174,6 @@ impl Watcher {
 
     /// `None`: not this time. A node that has no list of models is not asked again.
     async fn ask_models(&self) -> Option<Vec<String>> {
-        #[derive(Deserialize)]
-        struct Models {
-            data: Vec<Model>,
-        }
-        #[derive(Deserialize)]
-        struct Model {
-            id: String,
-        }
         let asking = async {
             let url = format!("http://{}/v1/models", self.addr);
             let mut reply = self.http.get(url).send().await.ok()?;
@@ -198,9 +187,7 @@ impl Watcher {
                     return Some(Vec::new());
                 }
             }
-            let models: Models = serde_json::from_slice(&body).ok()?;
-            let names = models.data.into_iter().map(|model| model.id);
-            Some(names.take(MAX_NAMES).collect())
+            names(&body)
         };
         timeout(LOOK, asking).await.ok()?
     }

@@ -239,10 +239,17 @@ impl NodeActor {
                 });
             }
             Action::WarmUp => {
-                let shared = self.shared.clone();
+                let (shared, id) = (self.shared.clone(), self.plan.id.clone());
                 self.calls.spawn(async move {
                     let model = &shared.served_model;
-                    Event::Warm(shared.client.warm_up(addr, model, WARM_UP_CALL).await)
+                    let warmth = shared.client.warm_up(addr, model, WARM_UP_CALL).await;
+                    // Its adapters are known to it alone.
+                    if let Some(models) = shared.client.models(addr).await
+                        && !models.is_empty()
+                    {
+                        shared.fleet.update(&id, |node| node.models = models.into());
+                    }
+                    Event::Warm(warmth)
                 });
             }
             Action::Stop(grace) => {

@@ -8,11 +8,13 @@ use reqwest::redirect::Policy;
 use serde_json::{Value, json};
 
 use super::liveness::{Canary, Pulse};
+use super::models::{MAX_MODELS, names};
 use super::state::{Probe, Warmth};
 use crate::fleet::NodeKey;
 
 const CONNECT: Duration = Duration::from_secs(1);
 const HEALTH: Duration = Duration::from_secs(1);
+const MODELS: Duration = Duration::from_secs(5);
 /// Long: a busy server renders its figures slowly, and being late is no evidence against it.
 const PULSE: Duration = Duration::from_secs(10);
 const MAX_REPLY: usize = 16 << 20;
@@ -74,6 +76,13 @@ impl NodeClient {
         }
     }
 
+    /// What it serves; `None` where it does not say so in time.
+    pub async fn models(&self, addr: SocketAddr) -> Option<Vec<String>> {
+        let request = self.http.get(format!("http://{addr}/v1/models"));
+        let reply = call(self.authorized(request), MODELS).await.ok()?;
+        names(reply.get(..MAX_MODELS).unwrap_or(&reply))
+    }
+
     /// One token: kernels compile, memory is touched.
     pub async fn warm_up(&self, addr: SocketAddr, model: &str, limit: Duration) -> Warmth {
         match self.one_token(addr, model, limit).await {
@@ -122,16 +131,20 @@ impl NodeClient {
         body: &Value,
         limit: Duration,
     ) -> Result<Value, CallError> {
-        let mut request = self
+        let request = self
             .http
             .post(format!("http://{addr}/v1/completions"))
             .header(header::CONTENT_TYPE, "application/json")
             .body(body.to_string());
-        if let Some(key) = &self.authorization {
-            request = request.header(header::AUTHORIZATION, key.clone());
-        }
-        let reply = call(request, limit).await?;
+        let reply = call(self.authorized(request), limit).await?;
         serde_json::from_slice(&reply).map_err(CallError::Json)
+    }
+
+    fn authorized(&self, request: reqwest::RequestBuilder) -> reqwest::RequestBuilder {
+        match &self.authorization {
+            Some(key) => request.header(header::AUTHORIZATION, key.clone()),
+            None => request,
+        }
     }
 
     pub async fn metrics(&self, addr: SocketAddr, limit: Duration) -> Result<String, CallError> {

@@ -43,6 +43,8 @@ pub(super) enum Shape {
     Strings,
     /// A list of web pages' origins.
     Origins,
+    /// Names to names.
+    Aliases,
     /// Names to strings.
     Variables,
     Numa,
@@ -64,7 +66,7 @@ pub(super) enum Absent {
 
 use Absent::{Is, Required, Words};
 use Shape::{
-    Address, Boolean, Cpus, Duration, DurationOrZero, Gpus, Integer, Model, Name, Numa, Number,
+    Address, Aliases, Boolean, Cpus, Duration, DurationOrZero, Gpus, Integer, Model, Name, Numa, Number,
     OneOf, Origins, Size, SizeOrPercent, Strings, Tables, Text, Variables,
 };
 
@@ -136,6 +138,7 @@ pub(super) const ROUTER: Table = Table {
         key("tls_cert", Text, Words("plain HTTP"), "A certificate and its chain in PEM, for HTTPS; read again when it changes. Needs tls_key."),
         key("tls_key", Text, Words("plain HTTP"), "The certificate's key in PEM, which no other user may read."),
         key("cors_origins", Origins, Is("[]"), "Web pages that may use the API from a browser, like [\"https://chat.example.com\"]; [\"*\"] for all."),
+        key("aliases", Aliases, Is("{}"), "Other names that clients may write in `model`, like { \"gpt-4o\" = \"Qwen3-8B\" }."),
         key("metrics_listen", Address, Words("/metrics and /status are on `listen`"), "IP address and port for /metrics and /status, without TLS and keys; they are then not on `listen`."),
         key("connect_timeout", Duration, Is("\"5s\""), "To a node."),
         key("first_byte_timeout", Duration, Is("\"600s\""), "From sending a request to a node to the head of its reply (for a stream) or the whole reply."),

@@ -221,6 +221,7 @@ fn router(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RouterSettings {
     let max_body = section.get("max_body", size);
     let tls = tls(&mut section, base);
     let cors_origins = section.strings("cors_origins");
+    let aliases = section.string_map("aliases");
     RouterSettings {
         listen: section.get("listen", address).unwrap_or(default.listen),
         api_keys: section
@@ -228,6 +229,7 @@ fn router(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RouterSettings {
             .map(|path| base.join(path)),
         tls,
         cors_origins,
+        aliases,
         metrics_listen: section.get("metrics_listen", address),
         connect_timeout,
         first_byte_timeout,

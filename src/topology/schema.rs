@@ -95,6 +95,11 @@ fn of_shape(shape: Shape) -> Value {
         Shape::Address => text(ADDRESS),
         Shape::Strings => json!({"type": "array", "items": of_shape(Shape::Text)}),
         Shape::Origins => json!({"type": "array", "items": text(ORIGIN)}),
+        Shape::Aliases => json!({
+            "type": "object",
+            "additionalProperties": {"type": "string", "pattern": r"\S"},
+            "propertyNames": {"pattern": r"\S"},
+        }),
         Shape::Variables => json!({
             "type": "object",
             "additionalProperties": {"type": "string"},

@@ -9,6 +9,10 @@ use super::problem::{Findings, ProblemKind};
 use super::{Capacity, CpuRequest, Device, GpuRequest, NodeSettings, Topology};
 use crate::fleet::Role;
 
+mod router;
+
+pub use router::is_origin;
+
 /// The name of pegaflow's own log, where it has one: it lies beside its nodes'.
 pub const OWN_LOG: &str = "pegaflow";
 
@@ -17,6 +21,7 @@ const GIB: u64 = 1 << 30;
 
 pub(super) fn validate(topology: &Topology, findings: &mut Findings<'_>) {
     top(topology, findings);
+    router::router(topology, findings);
     for (index, node) in topology.nodes.iter().enumerate() {
         let at = At(index);
         names(topology, &at, node, findings);
@@ -86,29 +91,6 @@ fn top(topology: &Topology, findings: &mut Findings<'_>) {
         let found = format!("{bytes} bytes");
         findings.add("kv.capacity", bad(found, "at least \"16MiB\""));
     }
-    for (index, origin) in topology.router.cors_origins.iter().enumerate() {
-        if origin != "*" && !is_origin(origin) {
-            let found = format!("the string {origin:?}");
-            let instead =
-                "a scheme and a host without a path, like \"https://chat.example.com\", or \"*\"";
-            findings.add(
-                &format!("router.cors_origins[{index}]"),
-                bad(found, instead),
-            );
-        }
-    }
-    let listen = topology.router.listen.port();
-    if topology
-        .router
-        .metrics_listen
-        .is_some_and(|metrics| metrics.port() == listen && listen != 0)
-    {
-        let collision = ProblemKind::PortCollision {
-            port: listen,
-            other: "[router] listen".to_owned(),
-        };
-        findings.add("router.metrics_listen", collision);
-    }
     let supervisor = &topology.supervisor;
     if supervisor.backoff_first > supervisor.backoff_max {
         let conflict = ProblemKind::Conflict {
@@ -121,19 +103,6 @@ fn top(topology: &Topology, findings: &mut Findings<'_>) {
         let found = format!("{} bytes", supervisor.log_bytes);
         findings.add("supervisor.log_bytes", bad(found, "at least \"1MiB\""));
     }
-}
-
-/// As a browser writes it: a scheme, a host, perhaps a port.
-pub fn is_origin(text: &str) -> bool {
-    let rest = text
-        .strip_prefix("http://")
-        .or_else(|| text.strip_prefix("https://"));
-    rest.is_some_and(|host| {
-        !host.is_empty()
-            && host
-                .bytes()
-                .all(|byte| byte.is_ascii_graphic() && byte != b'/')
-    })
 }
 
 fn names(topology: &Topology, at: &At, node: &NodeSettings, findings: &mut Findings<'_>) {

@@ -71,7 +71,7 @@ impl Rig {
         nodes: &[(&str, Role, SocketAddr)],
     ) -> Self {
         let nodes = nodes.iter().map(|(id, role, addr)| {
-            let mut node = NodeView::pending((*id).into(), *role, *addr);
+            let mut node = NodeView::pending((*id).into(), *role, *addr).serving(["tiny"]);
             node.phase = Phase::Ready;
             node.incarnation = 1;
             if *role != Role::Unified {
@@ -95,7 +95,6 @@ impl Rig {
         let tls = plan.tls.as_ref().map(|files| Tls::open(files).unwrap());
         let deps = RouterDeps {
             plan,
-            served_model: Some("tiny".to_owned()),
             fleet: fleet.watch(),
             board: board.clone(),
             traffic: Traffic::default(),
