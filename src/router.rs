@@ -17,7 +17,7 @@
 //! - A request is one future: when the client goes away hyper drops it, and with it both legs, the
 //!   hand-off's ticket, the node's count and the place. Nothing has to be cleaned up by hand.
 //! - Decode is dispatched when the engine says that the KV is complete ([`HandoffBoard`]), not when
-//!   the prefill node has answered. Where there is no engine, see [`KvReady`].
+//!   the prefill node has answered. Where there is no engine, see [`KvReady`](crate::topology::KvReady).
 //! - The router changes no state but its own; nodes come and go in the [`FleetWatch`].
 
 mod access;
@@ -29,6 +29,7 @@ mod dispatch;
 mod error;
 mod handoff;
 mod keys;
+mod kv_ready;
 mod legs;
 mod metrics;
 mod models;
@@ -59,7 +60,7 @@ use crate::shutdown::Shutdown;
 use crate::traffic::Traffic;
 
 pub use error::RouterError;
-pub use keys::{ApiKeys, KeysError};
+pub use keys::{ApiKeys, KeysError, KeysSource};
 pub use legs::LegError;
 pub use metrics::RouterMetrics;
 pub use tls::{Tls, TlsError};
@@ -71,10 +72,10 @@ pub struct RouterDeps {
     pub fleet: FleetWatch,
     pub board: HandoffBoard,
     pub traffic: Traffic,
-    /// For prefill nodes that others started.
-    pub kv_ready: KvReady,
     /// Whom to let in; `None`: everybody.
     pub keys: Option<ApiKeys>,
+    /// Who may announce that KV is ready; `None`: nobody.
+    pub admin: Option<ApiKeys>,
     /// What clients speak; `None`: plain HTTP.
     pub tls: Option<Tls>,
     /// What the nodes want to be shown, but those that others started.
@@ -84,16 +85,6 @@ pub struct RouterDeps {
     pub registry: Arc<Registry>,
     /// Where the accept loop shows that it makes progress.
     pub vitals: Vitals,
-}
-
-/// What says that a prompt's KV is complete, where a prefill node is not known to speak with the engine:
-/// one that others started. Of a node that the canary has proven, the engine always says it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum KvReady {
-    /// Its HTTP reply: its connector saves, or holds, the KV before it answers. A hand-off that the
-    /// engine opened all the same is waited for.
-    #[default]
-    Reply,
 }
 
 /// Where the router is reached.
@@ -125,7 +116,7 @@ pub async fn serve(
     let tls = deps.tls.clone();
     let mut figures = metrics.map(|listener| (listener, deps.vitals.part("the router's metrics")));
     let cx = Arc::new(Context::new(deps, &shutdown)?);
-    if let Some(keys) = cx.keys.clone() {
+    for keys in [&cx.keys, &cx.admin].into_iter().flatten().cloned() {
         let stop = cx.stop.clone();
         cx.background
             .spawn(async move { stop.run_until_cancelled(keys.follow()).await });
@@ -163,8 +154,8 @@ pub async fn serve(
 /// What all requests share.
 struct Context {
     plan: RouterPlan,
-    kv_ready: KvReady,
     keys: Option<ApiKeys>,
+    admin: Option<ApiKeys>,
     fleet: FleetWatch,
     board: HandoffBoard,
     metrics: RouterMetrics,
@@ -192,8 +183,8 @@ impl Context {
             draining: shutdown.graceful().clone(),
             started: since.map_or(0, |since| since.as_secs()),
             plan: deps.plan,
-            kv_ready: deps.kv_ready,
             keys: deps.keys,
+            admin: deps.admin,
             fleet: deps.fleet,
             board: deps.board,
             traffic: deps.traffic,

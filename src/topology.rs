@@ -152,12 +152,31 @@ pub struct KvSettings {
 /// The variable for API keys, with commas between them; beside [`RouterSettings::api_keys`].
 pub const API_KEYS: &str = "PEGAFLOW_API_KEYS";
 
+/// The variable for the admin key; instead of [`RouterSettings::admin_key_file`].
+pub const ADMIN_KEY: &str = "PEGAFLOW_ADMIN_KEY";
+
+/// What says that a prompt's KV is complete, where a prefill node is not known to speak with the engine:
+/// one that others started. Of a node that the canary has proven, the engine always says it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum KvReady {
+    /// Its HTTP reply: its connector saves, or holds, the KV before it answers. A hand-off that the
+    /// engine opened all the same is waited for.
+    #[default]
+    Reply,
+    /// What it says at `POST /kv_ready`; its reply may come before.
+    Callback,
+}
+
 /// `[router]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RouterSettings {
     pub listen: SocketAddr,
     /// A file of API keys, one a line; without it, and without the variable, everybody may come.
     pub api_keys: Option<PathBuf>,
+    /// A file with the key of who may announce that KV is ready.
+    pub admin_key_file: Option<PathBuf>,
+    /// Of prefill nodes that others started.
+    pub kv_ready: KvReady,
     /// `None`: clients speak plain HTTP.
     pub tls: Option<TlsFiles>,
     /// Origins of web pages that may use it, or `*`.
@@ -193,6 +212,8 @@ impl Default for RouterSettings {
         Self {
             listen: ([127, 0, 0, 1], 8000).into(),
             api_keys: None,
+            admin_key_file: None,
+            kv_ready: KvReady::default(),
             tls: None,
             cors_origins: Vec::new(),
             aliases: BTreeMap::new(),

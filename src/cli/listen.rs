@@ -2,25 +2,38 @@
 
 use std::fmt::Display;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use tokio::net::{TcpListener, ToSocketAddrs};
 
 use super::Exit;
-use crate::router::{ApiKeys, Listeners, Tls};
-use crate::topology::RouterSettings;
+use crate::router::{ApiKeys, KeysSource, Listeners, Tls};
+use crate::topology::{ADMIN_KEY, API_KEYS, KvReady, RouterSettings};
 
 /// Who may come in, and what is shown to them.
 pub struct Credentials {
     pub keys: Option<ApiKeys>,
+    pub admin: Option<ApiKeys>,
     pub tls: Option<Tls>,
 }
 
 impl Credentials {
     pub fn open(settings: &RouterSettings) -> Result<Self, Exit> {
-        let keys = ApiKeys::open(settings.api_keys.as_deref());
+        let open = |file: &Option<PathBuf>, variable| {
+            let file = file.as_deref();
+            let keys = ApiKeys::open(KeysSource { file, variable });
+            keys.map_err(|error| Exit::Machine(error.into()))
+        };
+        let admin = open(&settings.admin_key_file, ADMIN_KEY)?;
+        if settings.kv_ready == KvReady::Callback && admin.is_none() {
+            return Err(Exit::Usage(anyhow::anyhow!(
+                "KV that is announced at /kv_ready needs an admin key: set {ADMIN_KEY}, or name a file that holds one"
+            )));
+        }
         let tls = settings.tls.as_ref().map(Tls::open).transpose();
         Ok(Self {
-            keys: keys.map_err(|error| Exit::Machine(error.into()))?,
+            keys: open(&settings.api_keys, API_KEYS)?,
+            admin,
             tls: tls.map_err(|error| Exit::Machine(error.into()))?,
         })
     }

@@ -24,9 +24,9 @@ use super::{Exit, Seat};
 use crate::fleet::{FleetPublisher, Role};
 use crate::handoff::HandoffBoard;
 use crate::observe::LogFormat;
-use crate::router::{self, KvReady, RouterDeps, RouterMetrics};
+use crate::router::{self, RouterDeps, RouterMetrics};
 use crate::supervise::{ExternalDeps, ExternalNode, watch_external};
-use crate::topology::{NodeUrl, RouterSettings, TlsFiles, is_origin};
+use crate::topology::{KvReady, NodeUrl, RouterSettings, TlsFiles, is_origin};
 use crate::traffic::Traffic;
 
 const WEEK: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -53,6 +53,12 @@ pub struct RouterArgs {
     /// either, everybody who reaches the port may use it.
     #[arg(long, value_name = "FILE")]
     api_keys: Option<PathBuf>,
+    /// What says that a prompt's KV is ready: the prefill node's reply, or what it says at POST /kv_ready.
+    #[arg(long, value_enum, default_value_t = KvReady::Reply)]
+    kv_ready: KvReady,
+    /// A file with the key that prefill nodes show at /kv_ready; PEGAFLOW_ADMIN_KEY instead of it will do.
+    #[arg(long, value_name = "FILE")]
+    admin_key_file: Option<PathBuf>,
     /// A certificate and its chain in PEM, for HTTPS; read again when it changes.
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     tls_cert: Option<PathBuf>,
@@ -210,6 +216,8 @@ impl RouterArgs {
         RouterSettings {
             listen,
             api_keys: self.api_keys.clone(),
+            admin_key_file: self.admin_key_file.clone(),
+            kv_ready: self.kv_ready,
             tls: self.tls(),
             cors_origins: self.cors_origin.clone(),
             aliases: self.alias.iter().cloned().collect(),
@@ -236,7 +244,7 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
     let listen = listeners.clients.local_addr();
     let listen = listen.map_err(|error| Exit::Machine(error.into()))?;
     let settings = args.settings(listen);
-    let Credentials { keys, tls } = Credentials::open(&settings)?;
+    let Credentials { keys, admin, tls } = Credentials::open(&settings)?;
     let url = settings.url();
 
     let fleet = FleetPublisher::new(nodes.iter().map(ExternalNode::view));
@@ -254,8 +262,8 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
         fleet: fleet.watch(),
         board: HandoffBoard::default(),
         traffic,
-        kv_ready: KvReady::Reply,
         keys,
+        admin,
         tls,
         node_key: None,
         metrics: RouterMetrics::register(&mut registry),

@@ -33,7 +33,7 @@ use crate::host::{self, GpuWatcher};
 use crate::instance::{Instance, InstanceError, InstanceInfo};
 use crate::observe::{Console, GpuCollector, LogFile};
 use crate::plan::{Device, Plan};
-use crate::router::{self, KvReady, Listeners, RouterDeps, RouterMetrics};
+use crate::router::{self, Listeners, RouterDeps, RouterMetrics};
 use crate::shutdown::Shutdown;
 use crate::supervise::{
     self, CanaryPlan, Groups, LogSink, StoreSessions, SupervisorDeps, SupervisorMetrics,
@@ -137,7 +137,7 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
         token,
         node_key,
         groups,
-        credentials: Credentials { keys, tls },
+        credentials: Credentials { keys, admin, tls },
     } = own;
     let board = HandoffBoard::default();
     let mut registry = Registry::default();
@@ -204,8 +204,8 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
         fleet: fleet.watch(),
         board,
         traffic,
-        kv_ready: KvReady::default(),
         keys,
+        admin,
         tls,
         node_key: Some(node_key),
         metrics,

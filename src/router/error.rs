@@ -33,6 +33,8 @@ pub enum RouterError {
     Websocket,
     #[error("a known API key is needed, as `Authorization: Bearer KEY`")]
     Unauthorized,
+    #[error("the admin key is needed here, as `Authorization: Bearer KEY`; it is PEGAFLOW_ADMIN_KEY of the router")]
+    NotAdmin,
     #[error("{path} does not take {method}")]
     MethodNotAllowed { method: Method, path: String },
     #[error("{0}")]
@@ -71,7 +73,7 @@ impl RouterError {
         match self {
             Self::Listener(_) | Self::Client(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::NotFound { .. } | Self::NoModel { .. } => StatusCode::NOT_FOUND,
-            Self::Unauthorized => StatusCode::UNAUTHORIZED,
+            Self::Unauthorized | Self::NotAdmin => StatusCode::UNAUTHORIZED,
             Self::Websocket => StatusCode::NOT_IMPLEMENTED,
             Self::MethodNotAllowed { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::Body(_) | Self::ModelMissing { .. } => StatusCode::BAD_REQUEST,
@@ -93,6 +95,7 @@ impl RouterError {
             Self::NoModel { .. } => "model_not_found",
             Self::ModelMissing { .. } => "model_required",
             Self::Unauthorized => "invalid_api_key",
+            Self::NotAdmin => "invalid_admin_key",
             Self::Websocket => "websocket",
             Self::MethodNotAllowed { .. } => "method_not_allowed",
             Self::Body(_) => "invalid_body",

@@ -5,6 +5,7 @@
 //!                        ▲                    ├─ P's 2xx, if that says it ──▶ decode loads KV
 //!                        │                    ├─ board: Failed(other) ──────▶ decode, fallback
 //!                        │                    ├─ P's 2xx, never opened ─────▶ decode, fallback
+//!                        │                    │  or never announced
 //!                        │                    ├─ handoff_timeout ───────────▶ decode, fallback
 //!                        │                    ├─ P's 4xx ───────────────────▶ the client's error
 //!                        └── another P, once ─┴─ P failed or left / ProducerDied
@@ -27,9 +28,10 @@ use super::balance::{self, Pick};
 use super::legs::{self, CompleteReply, Leg, LegError, Reply};
 use super::metrics::RouterMetrics;
 use super::split;
-use super::{Call, Context, KvReady};
+use super::{Call, Context};
 use crate::fleet::{NodeView, Role};
 use crate::handoff::{HandoffFailure, HandoffId, HandoffOutcome, HandoffState, HandoffTicket};
+use crate::topology::KvReady;
 
 /// Prefill nodes that one request may be sent to.
 const MAX_ATTEMPTS: usize = 2;
@@ -117,6 +119,9 @@ async fn attempts(cx: &Context, call: &Call<'_>) -> Stage {
 /// engine nothing that it waits for, and its reply may be first.
 const OPEN_GRACE: Duration = Duration::from_millis(100);
 
+/// A node that others started may save what it computed after it has answered, and say so then.
+const ANNOUNCE_GRACE: Duration = Duration::from_secs(5);
+
 /// How long P may miss its health probes before the prompt goes elsewhere: longer than the stalls of
 /// a busy API server, shorter than a client's patience.
 const SILENCE: Duration = Duration::from_secs(3);
@@ -195,7 +200,7 @@ impl Attempt {
                         Ok(reply) if self.reply_is_the_sign(cx) => {
                             return Event::Replied(kv_transfer_params(&reply));
                         }
-                        Ok(_) => unopened = Some(Instant::now() + OPEN_GRACE),
+                        Ok(_) => unopened = Some(Instant::now() + self.grace(cx)),
                     }
                 }
                 () = until(unopened) => {
@@ -210,9 +215,17 @@ impl Attempt {
         }
     }
 
+    /// From its reply to the word that comes on another way.
+    fn grace(&self, cx: &Context) -> Duration {
+        match cx.plan.kv_ready {
+            KvReady::Callback if self.pick.is_external => ANNOUNCE_GRACE,
+            _ => OPEN_GRACE,
+        }
+    }
+
     fn reply_is_the_sign(&self, cx: &Context) -> bool {
         self.pick.is_external
-            && cx.kv_ready == KvReady::Reply
+            && cx.plan.kv_ready == KvReady::Reply
             && self.ticket.state() == HandoffState::Expected
     }
 

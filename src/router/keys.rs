@@ -1,4 +1,5 @@
-//! Who may use the endpoint: those who know one of the API keys, or everybody where there are none.
+//! Who may use the endpoint: those who know one of the API keys, or everybody where there are none. And who may use
+//! [`kv_ready`]: those who know the admin key, or nobody.
 //!
 //! ```text
 //! start:    file, PEGAFLOW_API_KEYS ─▶ digests       (a file that cannot be used: no start)
@@ -20,10 +21,9 @@ use axum::response::Response;
 use http::{HeaderMap, header};
 use sha2::{Digest, Sha256};
 
-use super::Context;
+use super::{Context, kv_ready};
 use super::error::RouterError;
 use super::private_file::{Stamp, read_private};
-use crate::topology::API_KEYS;
 
 /// Between two looks at the file.
 const LOOK: Duration = Duration::from_secs(1);
@@ -50,6 +50,14 @@ pub enum KeysError {
     Empty { source_name: String },
 }
 
+/// Where keys come from.
+#[derive(Debug, Clone, Copy)]
+pub struct KeysSource<'a> {
+    pub file: Option<&'a Path>,
+    /// The name of a variable of pegaflow's own environment, with commas between the keys.
+    pub variable: &'a str,
+}
+
 type Known = [u8; 32];
 
 /// The keys that are accepted. Cheap to clone; clones share them.
@@ -66,21 +74,25 @@ struct Shared {
 }
 
 impl ApiKeys {
-    /// Those in `file` (one a line; `#` begins a comment line) and in `PEGAFLOW_API_KEYS`. `None`: neither is given,
-    /// so that everybody may come.
-    pub fn open(file: Option<&Path>) -> Result<Option<Self>, KeysError> {
-        let variable = std::env::var_os(API_KEYS).filter(|keys| !keys.is_empty());
+    /// Those in its file (one a line; `#` begins a comment line) and in its variable. `None`: neither is given.
+    pub fn open(source: KeysSource<'_>) -> Result<Option<Self>, KeysError> {
+        let KeysSource { file, variable: name } = source;
+        let variable = std::env::var_os(name).filter(|keys| !keys.is_empty());
         // What is not UTF-8 keeps a character that no key may have, and is refused: it must not let everybody in.
         let variable = variable.as_ref().map(|keys| keys.to_string_lossy());
-        Self::from(file, variable.as_deref())
+        Self::from(file, name, variable.as_deref())
     }
 
-    fn from(file: Option<&Path>, variable: Option<&str>) -> Result<Option<Self>, KeysError> {
+    fn from(
+        file: Option<&Path>,
+        name: &str,
+        variable: Option<&str>,
+    ) -> Result<Option<Self>, KeysError> {
         if file.is_none() && variable.is_none() {
             return Ok(None);
         }
         let from_environment = match variable {
-            Some(keys) => digests(keys.split(','), API_KEYS)?,
+            Some(keys) => digests(keys.split(','), name)?,
             None => Vec::new(),
         };
         let mut known = from_environment.clone();
@@ -129,7 +141,7 @@ impl ApiKeys {
         *known.unwrap_or_else(PoisonError::into_inner) = keys;
     }
 
-    fn admit(&self, headers: &HeaderMap) -> bool {
+    pub(super) fn admit(&self, headers: &HeaderMap) -> bool {
         given(headers).is_some_and(|key| {
             let digest = Known::from(Sha256::digest(key));
             let known = self.shared.known.read();
@@ -199,7 +211,9 @@ pub(super) async fn check(
     request: Request,
     next: Next,
 ) -> Response {
-    let open = OPEN.contains(&request.uri().path());
+    let path = request.uri().path();
+    // It has a key of its own.
+    let open = OPEN.contains(&path) || (path == kv_ready::PATH && cx.admin.is_some());
     match &cx.keys {
         Some(keys) if !open && !keys.admit(request.headers()) => {
             RouterError::Unauthorized.response_for(request.headers())
@@ -225,7 +239,7 @@ mod tests {
 
     #[test]
     fn a_key_is_known_by_either_header() {
-        let keys = ApiKeys::from(None, Some("first-key, second-key"))
+        let keys = ApiKeys::from(None, "KEYS", Some("first-key, second-key"))
             .unwrap()
             .unwrap();
         for headers in [
@@ -250,7 +264,7 @@ mod tests {
 
     #[test]
     fn without_a_source_everybody_may_come() {
-        assert!(ApiKeys::from(None, None).unwrap().is_none());
+        assert!(ApiKeys::from(None, "KEYS", None).unwrap().is_none());
     }
 
     #[test]
@@ -260,21 +274,21 @@ mod tests {
         let refused = |text: &str| {
             fs::write(&file, text).unwrap();
             fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
-            ApiKeys::from(Some(&file), None).unwrap_err().to_string()
+            ApiKeys::from(Some(&file), "KEYS", None).unwrap_err().to_string()
         };
         assert!(refused("# mine\ngood-enough\nsecret\n").contains("key 3: it is too short"));
         assert!(refused("good-enough\nse cret-words\n").contains("key 2: it has a space"));
         assert!(!refused("se cret-words\n").contains("cret"));
-        let beyond = ApiKeys::from(None, Some("good-enough,secret-\u{fffd}")).unwrap_err();
+        let beyond = ApiKeys::from(None, "KEYS", Some("good-enough,secret-\u{fffd}")).unwrap_err();
         assert!(
             beyond
                 .to_string()
                 .contains("key 2: it has a space or a character beyond ASCII")
         );
         assert!(refused("\n# none\n").contains("has no API key"));
-        let missing = ApiKeys::from(Some(&folder.path().join("other")), None).unwrap_err();
+        let missing = ApiKeys::from(Some(&folder.path().join("other")), "KEYS", None).unwrap_err();
         assert!(missing.to_string().contains("cannot read the API keys in"));
-        let folder_error = ApiKeys::from(Some(folder.path()), None).unwrap_err();
+        let folder_error = ApiKeys::from(Some(folder.path()), "KEYS", None).unwrap_err();
         assert!(matches!(folder_error, KeysError::Read { .. }));
     }
 }

@@ -7,6 +7,7 @@
 //! | `GET /health` | 200 when a request can be served now, else 503 with Retry-After |
 //! | `GET /status` | the fleet and what is in flight, as JSON; elsewhere where there is a `metrics_listen` |
 //! | `GET /metrics` | Prometheus text; likewise |
+//! | `POST /kv_ready` | see [`super::kv_ready`] |
 //! | others of vLLM | see [`super::proxy`] |
 
 use std::collections::BTreeMap;
@@ -37,7 +38,7 @@ use super::observation::{Observation, Outcome};
 use super::split::{Endpoint, WholeReason, never_split};
 use super::stream::{Held, Last, ReplyBody};
 use super::models::{self, Wanted};
-use super::{Call, Context, cors, keys, proxy};
+use super::{Call, Context, cors, keys, kv_ready, proxy};
 use crate::fleet::Role;
 
 /// From a request's head to the end of its body.
@@ -52,6 +53,7 @@ pub(super) fn routes(cx: Arc<Context>) -> Router {
         .route("/v1/chat/completions", post(chat))
         .route("/v1/models", get(models))
         .route("/v1/models/{*id}", get(model))
+        .route(kv_ready::PATH, post(kv_ready::announce))
         .route("/health", get(health));
     let routes = match cx.plan.metrics_listen {
         None => with_figures(routes),

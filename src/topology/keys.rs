@@ -135,6 +135,8 @@ pub(super) const ROUTER: Table = Table {
     keys: &[
         key("listen", Address, Is("\"127.0.0.1:8000\""), "IP address and port."),
         key("api_keys", Text, Words("everybody may come"), "A file of API keys, one a line, relative to the topology; read again when it changes. More may stand in PEGAFLOW_API_KEYS."),
+        key("admin_key_file", Text, Words("no /kv_ready"), "A file with the key that prefill nodes of others show at /kv_ready, relative to the topology. PEGAFLOW_ADMIN_KEY instead of it will do."),
+        key("kv_ready", OneOf(&["reply", "callback"]), Is("\"reply\""), "What says that the KV is ready, of prefill nodes that others started: their reply, or what they say at /kv_ready."),
         key("tls_cert", Text, Words("plain HTTP"), "A certificate and its chain in PEM, for HTTPS; read again when it changes. Needs tls_key."),
         key("tls_key", Text, Words("plain HTTP"), "The certificate's key in PEM, which no other user may read."),
         key("cors_origins", Origins, Is("[]"), "Web pages that may use the API from a browser, like [\"https://chat.example.com\"]; [\"*\"] for all."),

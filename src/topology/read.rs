@@ -18,7 +18,7 @@ use super::value::{
     role, size, string, wrong,
 };
 use super::{
-    Capacity, CpuRequest, Device, GpuRequest, HugepageRequest, KvSettings, ModelRef, NodeSettings,
+    Capacity, CpuRequest, Device, GpuRequest, HugepageRequest, KvReady, KvSettings, ModelRef, NodeSettings,
     NumaRequest, RouterSettings, RuntimeSettings, Secrets, SupervisorSettings, TlsFiles, Topology,
 };
 use crate::fleet::{DEFAULT_POOL, Role};
@@ -227,6 +227,10 @@ fn router(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RouterSettings {
         api_keys: section
             .get("api_keys", non_empty)
             .map(|path| base.join(path)),
+        admin_key_file: section
+            .get("admin_key_file", non_empty)
+            .map(|path| base.join(path)),
+        kv_ready: section.get("kv_ready", kv_ready).unwrap_or_default(),
         tls,
         cors_origins,
         aliases,
@@ -254,6 +258,11 @@ fn router(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RouterSettings {
             .get("access_log", boolean)
             .unwrap_or(default.access_log),
     }
+}
+
+fn kv_ready(value: &DeValue<'_>) -> Result<KvReady, ProblemKind> {
+    let choices = [("reply", KvReady::Reply), ("callback", KvReady::Callback)];
+    one_of(value, &choices)
 }
 
 /// A certificate without its key, or the other way round, is a mistake.

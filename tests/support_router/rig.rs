@@ -3,7 +3,7 @@
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use pegaflow::handoff::HandoffBoard;
 use pegaflow::notify::Vitals;
 use pegaflow::plan::RouterPlan;
 use pegaflow::router::{
-    ApiKeys, KvReady, Listeners, RouterDeps, RouterError, RouterMetrics, Tls, serve,
+    ApiKeys, KeysSource, Listeners, RouterDeps, RouterError, RouterMetrics, Tls, serve,
 };
 use pegaflow::shutdown::Shutdown;
 use pegaflow::traffic::Traffic;
@@ -91,15 +91,19 @@ impl Rig {
             .map(|listener| listener.local_addr().unwrap());
         let listeners = Listeners { clients, metrics };
         let mut registry = Registry::default();
-        let api_keys = plan.api_keys.clone();
+        let (api_keys, admin_key) = (plan.api_keys.clone(), plan.admin_key_file.clone());
+        let open = |file: &Option<PathBuf>, variable| {
+            let file = file.as_deref();
+            ApiKeys::open(KeysSource { file, variable }).unwrap()
+        };
         let tls = plan.tls.as_ref().map(|files| Tls::open(files).unwrap());
         let deps = RouterDeps {
             plan,
             fleet: fleet.watch(),
             board: board.clone(),
             traffic: Traffic::default(),
-            kv_ready: KvReady::default(),
-            keys: ApiKeys::open(api_keys.as_deref()).unwrap(),
+            keys: open(&api_keys, "NO_KEYS_IN_TESTS"),
+            admin: open(&admin_key, "NO_KEYS_IN_TESTS"),
             tls,
             node_key: None,
             metrics: RouterMetrics::register(&mut registry),
