@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 DEFAULT_TIMEOUT_MS = 250
 
@@ -19,6 +19,11 @@ class Settings:
     save_decoded: bool = False
     """Decode nodes save the tokens they generate, for the next turn of the conversation."""
 
+    router_endpoint: str = ""
+    """Whom to tell that KV is ready; empty where the engine does that."""
+    admin_key: str = field(default="", repr=False)
+    """What that router wants to be shown."""
+
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings | None":
         """None when no store is configured: the node then serves without one."""
@@ -33,6 +38,8 @@ class Settings:
             weights_id=env.get("PEGAFLOW_WEIGHTS_ID", ""),
             call_timeout=max(1, _integer(env, "PEGAFLOW_KV_TIMEOUT_MS", DEFAULT_TIMEOUT_MS)) / 1000,
             save_decoded=env.get("PEGAFLOW_KV_SAVE_DECODED", "") == "1",
+            router_endpoint=env.get("PEGAFLOW_ROUTER_ENDPOINT", ""),
+            admin_key=env.get("PEGAFLOW_ADMIN_KEY", ""),
         )
 
 

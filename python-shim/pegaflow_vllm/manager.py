@@ -30,6 +30,7 @@ from vllm.v1.kv_offload.base import (
 )
 
 from pegaflow_vllm import protocol
+from pegaflow_vllm.announce import Announcements, Say
 from pegaflow_vllm.client import Client
 from pegaflow_vllm.guard import guarded
 from pegaflow_vllm.meta import Step, Stray
@@ -60,10 +61,18 @@ class ChunkSpec(LoadStoreSpec):
 
 
 class Manager(OffloadingManager):
-    def __init__(self, client: Client, clock: Callable[[], float] = time.monotonic, *, save_decoded: bool = False):
+    def __init__(
+        self,
+        client: Client,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        save_decoded: bool = False,
+        say: Say | None = None,
+    ):
         self._client = client
         self._clock = clock
         self._save_decoded = save_decoded
+        self._announcements = Announcements(say)
         self._life = client.life
         """Of the session that everything tracked belongs to; 0 for none."""
         self._tracked: dict[str, Tracked] = {}
@@ -82,11 +91,14 @@ class Manager(OffloadingManager):
             return
         self._client.retry()
         if not self._follow_session():
+            if handoff.leg is Leg.PREFILL:
+                self._announcements.refused(handoff.id, "engine_down")
             return
         tracked = Tracked(request_id, handoff, prompt_tokens)
         self._tracked[request_id] = tracked
         if handoff.leg is Leg.PREFILL:
             self._client.send(Open(request=request_id, handoff=handoff.id, chunks=chunks))
+            self._announcements.opened(request_id, handoff.id)
         else:
             tracked.saving = self._save_decoded
 
@@ -127,6 +139,7 @@ class Manager(OffloadingManager):
         if tracked is not None and tracked.storing:
             tracked.storing = False
             self._client.send(Seal(handoff=tracked.handoff.id))
+            self._announcements.sealed(request_id)
 
     @guarded()
     def ending(self, request_id: str) -> None:
@@ -215,8 +228,18 @@ class Manager(OffloadingManager):
             return None
         if not granted.ok:
             tracked.storing = False
+            self._announcements.failed(tracked.id, "no_space")
             return None
-        return self._granted(keys, granted)
+        output = self._granted(keys, granted)
+        self._announcements.granted(tracked.id, output.keys_to_store)
+        return output
+
+    @guarded()
+    def complete_store(self, keys: Collection[bytes], req_context: Any, success: bool = True) -> None:
+        if success:
+            self._announcements.stored(req_context.req_id, keys)
+        else:
+            self._announcements.failed(req_context.req_id, "save_failed")
 
     def _save(self, tracked: Tracked, keys: list[bytes]) -> PrepareStoreOutput:
         """Saves chunks that nobody waits for. What is refused is not offered again: it would leave a gap."""
@@ -253,6 +276,7 @@ class Manager(OffloadingManager):
     @guarded()
     def reset_cache(self) -> None:
         # vLLM has dropped its transfer jobs: their completions will not come.
+        self._announcements.fail_all("aborted")
         for tracked in list(self._tracked.values()):
             tracked.loading = False
             if tracked.finished:
@@ -271,6 +295,7 @@ class Manager(OffloadingManager):
         life = self._client.life if self._client.check() else 0
         if life != self._life:
             self._life = life
+            self._announcements.fail_all("producer_died")
             for tracked in self._tracked.values():
                 # The engine has ended the leases and failed the hand-offs itself.
                 tracked.reply = tracked.pending_until = None
@@ -328,6 +353,7 @@ class Manager(OffloadingManager):
         if tracked.storing:
             tracked.storing = False
             self._client.send(Abort(handoff=tracked.handoff.id))
+            self._announcements.failed(tracked.id, "aborted")
 
     def _finish(self, tracked: Tracked) -> None:
         self._tracked.pop(tracked.id, None)

@@ -9,6 +9,7 @@ from typing import Any
 from vllm.v1.kv_offload.base import OffloadingManager, OffloadingSpec, OffloadingWorker
 
 from pegaflow_vllm import namespace, protocol
+from pegaflow_vllm.announce import Announcer, Say
 from pegaflow_vllm.client import Client
 from pegaflow_vllm.config import Settings
 from pegaflow_vllm.guard import logger, report
@@ -44,7 +45,13 @@ class PegaSpec(OffloadingSpec):
         self.offload_prompt_only = not self._save_decoded
 
     def get_manager(self) -> OffloadingManager:
-        return Manager(self._connect("scheduler", 0), save_decoded=self._save_decoded)
+        return Manager(self._connect("scheduler", 0), save_decoded=self._save_decoded, say=self._say())
+
+    def _say(self) -> Say | None:
+        settings = self._settings
+        if settings is None or not settings.router_endpoint:
+            return None
+        return Announcer(settings.router_endpoint, settings.admin_key).say
 
     def get_worker(self, kv_caches: Any) -> OffloadingWorker:
         layout = Layout(kv_caches)

@@ -16,6 +16,7 @@ use super::guard::clock;
 use super::logs::{LogPump, LogTarget};
 use super::obituary::Exit;
 use super::sweep::{self, KnownGuard};
+use crate::topology::{ADMIN_KEY, API_KEYS};
 
 /// A guard says little; more than this is not a guard.
 const MAX_STATUS: usize = 64 * 1024;
@@ -96,7 +97,9 @@ impl Incarnation {
             command.env_remove(name);
         }
         // Who may use the endpoint is nothing that a node has to know.
-        command.env_remove(crate::topology::API_KEYS);
+        for name in [API_KEYS, ADMIN_KEY, "PEGAFLOW_ROUTER_ENDPOINT"] {
+            command.env_remove(name);
+        }
         command
             .envs(spec.env)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
