@@ -184,6 +184,9 @@ pub struct NodeView {
     /// What clients may write in `model` to reach it, its model's own name first; empty: it has not said.
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     pub models: Arc<[String]>,
+    /// Others started it: nothing of this run is its to know.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub external: bool,
 }
 
 impl NodeView {
@@ -208,12 +211,14 @@ impl NodeView {
             reason: None,
             since: SystemTime::now(),
             models: [].into(),
+            external: false,
         }
     }
 
     /// A node that others started, before the first look at it.
     pub fn external(id: NodeId, role: Role, addr: SocketAddr) -> Self {
         let mut node = Self::pending(id, role, addr);
+        node.external = true;
         if node.trust == KvTrust::Unproven {
             node.trust = KvTrust::Assumed;
         }

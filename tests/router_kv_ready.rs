@@ -42,7 +42,9 @@ async fn pair(plan: RouterPlan) -> (Fake, Fake, Rig) {
     let nodes = [("d", Role::Decode, d.addr), ("p", Role::Prefill, p.addr)];
     let rig = Rig::start(&board, plan, &nodes).await;
     for id in ["d", "p"] {
-        rig.fleet.update(&id.into(), |node| node.trust = KvTrust::Assumed);
+        rig.fleet.update(&id.into(), |node| {
+            (node.trust, node.external) = (KvTrust::Assumed, true);
+        });
     }
     (p, d, rig)
 }

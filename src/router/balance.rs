@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use crate::fleet::{KvTrust, NodeId, NodeView, Role};
+use crate::fleet::{NodeId, NodeView, Role};
 use crate::traffic::{Passage, Traffic};
 
 /// A chosen node; counted as in flight until this is dropped.
@@ -37,7 +37,7 @@ pub(super) fn pick<'a>(
         addr: node.addr,
         incarnation: node.incarnation,
         can_hand_off: node.can_hand_off(),
-        is_external: node.trust == KvTrust::Assumed,
+        is_external: node.external,
         passage,
     })
 }
