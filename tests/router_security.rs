@@ -9,7 +9,7 @@
 mod support_router;
 
 use http::Method;
-use pegaflow::fleet::Role;
+use pegaflow::fleet::{NodeKey, Role};
 use pegaflow::handoff::HandoffBoard;
 use pegaflow::plan::RouterPlan;
 use serde_json::json;
@@ -143,6 +143,38 @@ async fn figures_can_be_apart_from_clients() {
     assert!(p.seen().is_empty() && d.seen().is_empty());
     rig.shutdown.graceful().cancel();
     soon("serve to return", rig.task).await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn the_key_of_this_run_is_shown_to_its_own_nodes_alone() {
+    let board = HandoffBoard::default();
+    let p = Fake::always(&board, Kv::Settle(READY), Answer::Tokens).await;
+    let d = Fake::always(&board, Kv::Nothing, Answer::Tokens).await;
+    let nodes = [("d", Role::Decode, d.addr), ("p", Role::Prefill, p.addr)];
+    let key = NodeKey::random();
+    let rig = Rig::keyed(&board, plan(), &nodes, Some(key.clone())).await;
+    let shown = format!("Bearer {}", key.reveal());
+    let body = json!({"prompt": "a", "max_tokens": 8, "tag": 1});
+    let ask = |path: &str| {
+        let request = rig.request(path, &body).bearer_auth("a-clients").header("x-api-key", "a-clients");
+        rig.send(request)
+    };
+    for path in ["/v1/completions", "/v1/embeddings"] {
+        assert_eq!(ask(path).await.status, 200);
+    }
+    for seen in p.seen().into_iter().chain(d.seen()) {
+        assert_eq!(seen.headers["authorization"], shown.as_str());
+        assert!(!seen.headers.contains_key("x-api-key"));
+    }
+
+    // Unified, too: it takes no part in hand-offs, and is no more ours for that.
+    let other = Fake::always(&board, Kv::Nothing, Answer::Tokens).await;
+    let rig = Rig::keyed(&board, plan(), &[("u", Role::Unified, other.addr)], Some(key)).await;
+    rig.fleet.update(&"u".into(), |node| node.external = true);
+    let request = rig.request("/v1/completions", &body).bearer_auth("a-clients");
+    assert_eq!(rig.send(request).await.status, 200);
+    assert_eq!(other.seen()[0].headers["authorization"], "Bearer a-clients");
+    rig.finish().await;
 }
 
 #[tokio::test]

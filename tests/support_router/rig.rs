@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::HeaderMap;
-use pegaflow::fleet::{FleetPublisher, KvTrust, NodeView, Phase, Role};
+use pegaflow::fleet::{FleetPublisher, KvTrust, NodeKey, NodeView, Phase, Role};
 use pegaflow::handoff::HandoffBoard;
 use pegaflow::notify::Vitals;
 use pegaflow::plan::RouterPlan;
@@ -70,6 +70,16 @@ impl Rig {
         plan: RouterPlan,
         nodes: &[(&str, Role, SocketAddr)],
     ) -> Self {
+        Self::keyed(board, plan, nodes, None).await
+    }
+
+    /// And they want to be shown this key.
+    pub async fn keyed(
+        board: &HandoffBoard,
+        plan: RouterPlan,
+        nodes: &[(&str, Role, SocketAddr)],
+        node_key: Option<NodeKey>,
+    ) -> Self {
         let nodes = nodes.iter().map(|(id, role, addr)| {
             let mut node = NodeView::pending((*id).into(), *role, *addr).serving(["tiny"]);
             node.phase = Phase::Ready;
@@ -105,7 +115,7 @@ impl Rig {
             keys: open(&api_keys, "NO_KEYS_IN_TESTS"),
             admin: open(&admin_key, "NO_KEYS_IN_TESTS"),
             tls,
-            node_key: None,
+            node_key,
             metrics: RouterMetrics::register(&mut registry),
             registry: Arc::new(registry),
             vitals: Vitals::default(),
