@@ -12,6 +12,7 @@ mod leftovers;
 mod listen;
 mod logs;
 mod orders;
+mod others;
 mod plan;
 mod prepare;
 mod ready;

@@ -14,7 +14,7 @@ use crate::host::HostSnapshot;
 pub use crate::topology::{
     Device, RouterSettings as RouterPlan, SupervisorSettings as SupervisorPlan,
 };
-use crate::topology::{Launcher, ModelFacts, NodeSettings, Secrets, Topology};
+use crate::topology::{Launcher, ModelFacts, NodeSettings, NodeUrl, Secrets, Topology};
 
 mod cpu;
 mod gpu;
@@ -47,6 +47,8 @@ pub struct Plan {
     pub supervisor: SupervisorPlan,
     /// Ordered as in the topology.
     pub nodes: Vec<NodePlan>,
+    /// Likewise; others started them.
+    pub others: Vec<ExternalNode>,
     /// What must not be shown of `argv` and `env`, and in the nodes' logs.
     pub secrets: Secrets,
     /// What a person should know although it does not prevent the start.
@@ -62,6 +64,16 @@ pub struct ModelPlan {
     pub load_from: String,
     /// Tokens per KV block, equal on all nodes that share KV.
     pub block_size: u32,
+}
+
+/// One node that others started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExternalNode {
+    pub id: NodeId,
+    pub role: Role,
+    /// Whose KV it may load.
+    pub pool: String,
+    pub url: NodeUrl,
 }
 
 /// One vLLM server.
@@ -151,7 +163,8 @@ struct Placement {
 impl Plan {
     /// How many port ranges a plan takes.
     pub fn ports_needed(topology: &Topology) -> usize {
-        topology.nodes.iter().map(|node| node.count as usize).sum()
+        let own = topology.nodes.iter().filter(|node| node.is_own());
+        own.map(|node| node.count as usize).sum()
     }
 
     /// Answers every question that the topology left open, or says all that stands against it.
@@ -202,6 +215,7 @@ impl Plan {
             router: topology.router.clone(),
             supervisor: topology.supervisor.clone(),
             nodes,
+            others: others(topology),
             secrets,
             warnings,
         })
@@ -216,11 +230,26 @@ impl Plan {
 fn replicas(topology: &Topology) -> Vec<Replica<'_>> {
     let nodes = topology.nodes.iter().enumerate();
     nodes
+        .filter(|(_, settings)| settings.is_own())
         .flat_map(|(index, settings)| {
             settings.ids().map(move |id| Replica {
                 id,
                 key: format!("node[{index}]"),
                 settings,
+            })
+        })
+        .collect()
+}
+
+fn others(topology: &Topology) -> Vec<ExternalNode> {
+    let nodes = topology.nodes.iter();
+    nodes
+        .filter_map(|settings| {
+            Some(ExternalNode {
+                id: settings.name.as_str().into(),
+                role: settings.role,
+                pool: settings.pool.clone(),
+                url: settings.url.clone()?,
             })
         })
         .collect()
@@ -260,6 +289,7 @@ mod tests {
             name: name.to_owned(),
             role: Role::Unified,
             pool: crate::fleet::DEFAULT_POOL.to_owned(),
+            url: None,
             count: 1,
             gpus: GpuRequest::Auto,
             cpus: CpuRequest::Auto,

@@ -77,7 +77,7 @@ use crate::topology::Secrets;
 use crate::traffic::Traffic;
 
 pub use cgroup::{CgroupError, Groups};
-pub use external::{ExternalDeps, ExternalNode, watch_external};
+pub use external::{ExternalDeps, watch_external};
 pub use gate::StoreSessions;
 pub use guard::{GuardArgs, guard_main};
 pub use logs::LogSink;

@@ -288,6 +288,8 @@ pub struct NodeSettings {
     pub role: Role,
     /// Nodes of one pool exchange KV.
     pub pool: String,
+    /// Where it is, if others started it; then nothing below counts.
+    pub url: Option<NodeUrl>,
     /// Replicas, at least one.
     pub count: u32,
     pub gpus: GpuRequest,
@@ -310,9 +312,14 @@ pub struct NodeSettings {
 }
 
 impl NodeSettings {
-    /// The node takes part in hand-offs.
+    /// The node takes part in hand-offs through the store.
     pub fn shares_kv(&self) -> bool {
-        self.role != Role::Unified
+        self.role != Role::Unified && self.is_own()
+    }
+
+    /// Pegaflow starts it.
+    pub fn is_own(&self) -> bool {
+        self.url.is_none()
     }
 
     /// The value of a flag in `args`, empty where it takes none; `None`: it is not there.

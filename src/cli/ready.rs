@@ -44,7 +44,9 @@ pub fn judge(fleet: &FleetSnapshot) -> Start {
         .collect();
     let ready = nodes.iter().filter(|node| node.is_ready()).count();
     let terminal = nodes.iter().filter(|node| node.phase.is_terminal()).count();
-    let dying = |phase: &Phase| matches!(phase, Phase::Backoff { .. } | Phase::Draining);
+    let dying = |phase: &Phase| {
+        matches!(phase, Phase::Backoff { .. } | Phase::Draining | Phase::Down)
+    };
     let dying = nodes.iter().filter(|node| dying(&node.phase)).count();
     match ready {
         _ if troubles.is_empty() => Start::Ready,
@@ -128,7 +130,7 @@ pub fn banner(plan: &Plan, fleet: &FleetSnapshot, log_dir: &std::path::Path) -> 
             .nodes
             .iter()
             .find(|planned| planned.id == node.id)
-            .map_or_else(String::new, device);
+            .map_or_else(|| "others".to_owned(), device);
         let pid = node.pid.map_or_else(|| "-".into(), |pid| pid.to_string());
         let _ = writeln!(
             text,

@@ -20,12 +20,14 @@ use prometheus_client::registry::Registry;
 use tokio::task::JoinSet;
 
 use super::listen::{self, Credentials};
+use super::others::Watching;
 use super::{Exit, Seat};
-use crate::fleet::{FleetPublisher, Role};
+use crate::fleet::{DEFAULT_POOL, FleetPublisher, Role};
 use crate::handoff::HandoffBoard;
 use crate::observe::LogFormat;
 use crate::router::{self, RouterDeps, RouterMetrics};
-use crate::supervise::{ExternalDeps, ExternalNode, watch_external};
+use crate::plan::ExternalNode;
+use crate::supervise::ExternalDeps;
 use crate::topology::{KvReady, NodeUrl, RouterSettings, TlsFiles, is_origin};
 use crate::traffic::Traffic;
 
@@ -189,6 +191,7 @@ impl RouterArgs {
                 nodes.push(ExternalNode {
                     id: id.as_str().into(),
                     role,
+                    pool: DEFAULT_POOL.to_owned(),
                     url: url.clone(),
                 });
             }
@@ -278,17 +281,13 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
     let end = seat.shutdown.graceful().clone();
     helpers.spawn(async move { service.watch(told, end).await });
     // The nodes are watched until the last request is answered.
-    let unwatch = tokio_util::sync::CancellationToken::new();
-    let watching = tokio::spawn(watch_external(nodes, watch, unwatch.clone()));
+    let watching = Watching::start(nodes, watch);
     let routed = router::serve(listeners, deps, seat.shutdown.clone()).await;
     seat.shutdown.begin();
-    unwatch.cancel();
-    let watched = watching.await;
+    let watched = watching.stop().await;
     helpers.shutdown().await;
     routed.map_err(|error| Exit::failed("the router failed", error))?;
     watched
-        .map_err(|error| Exit::failed("the watch of the nodes failed", error))?
-        .map_err(|error| Exit::failed("cannot look at the nodes", error))
 }
 
 /// On stdout, for the person and for scripts that wait for it.

@@ -22,6 +22,7 @@ use tokio::task::{JoinError, JoinHandle, JoinSet};
 
 use super::leftovers::{end_orphans, host_that_fits};
 use super::listen::{self, Credentials};
+use super::others::Watching;
 use super::prepare::{Installed, Run, guard_program, install};
 use super::ready::{self, Start};
 use super::{Context, Exit};
@@ -32,11 +33,11 @@ use crate::handoff::HandoffBoard;
 use crate::host::{self, GpuWatcher};
 use crate::instance::{Instance, InstanceError, InstanceInfo};
 use crate::observe::{Console, GpuCollector, LogFile};
-use crate::plan::{Device, Plan};
+use crate::plan::{Device, ExternalNode, Plan};
 use crate::router::{self, Listeners, RouterDeps, RouterMetrics};
 use crate::shutdown::Shutdown;
 use crate::supervise::{
-    self, CanaryPlan, Groups, LogSink, StoreSessions, SupervisorDeps, SupervisorMetrics,
+    self, CanaryPlan, ExternalDeps, Groups, LogSink, StoreSessions, SupervisorDeps, SupervisorMetrics,
 };
 use crate::topology::{OWN_LOG, Topology};
 use crate::traffic::Traffic;
@@ -144,12 +145,13 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
     let metrics = RouterMetrics::register(&mut registry);
     let restarts = SupervisorMetrics::register(&mut registry);
     let engine = start_engine(plan, instance, token, &board, &mut registry)?;
-    let fleet =
-        FleetPublisher::new(plan.nodes.iter().map(|node| {
-            NodeView::pending(node.id.clone(), node.role, node.addr)
-                .in_pool(&node.pool)
-                .serving([&plan.model.served_name])
-        }));
+    let own = plan.nodes.iter().map(|node| {
+        NodeView::pending(node.id.clone(), node.role, node.addr)
+            .in_pool(&node.pool)
+            .serving([&plan.model.served_name])
+    });
+    let others = plan.others.iter().map(ExternalNode::view);
+    let fleet = FleetPublisher::new(own.chain(others));
 
     let mut gpus: Vec<u32> = plan
         .nodes
@@ -212,6 +214,13 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
         registry: Arc::new(registry),
         vitals: cx.service.vitals.clone(),
     };
+    let watch = ExternalDeps {
+        health_interval: plan.supervisor.health_interval,
+        fleet: fleet.clone(),
+        traffic: supervisor.traffic.clone(),
+        vitals: cx.service.vitals.clone(),
+    };
+    let watching = Watching::start(plan.others.clone(), watch);
     let supervisor = part(cx, supervise::run(supervisor, nodes.clone()));
     let router = part(cx, router::serve(listeners, router, cx.shutdown.clone()));
     let mut helpers = JoinSet::new();
@@ -229,6 +238,7 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
     let routed = router.await;
     nodes.begin();
     let supervised = supervisor.await;
+    let watched = watching.stop().await;
     helpers.shutdown().await;
     control.shutdown().await;
     if let Some(engine) = engine.and_then(Arc::into_inner) {
@@ -237,6 +247,7 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
     // A part that failed ends the rest: its error says more than "interrupted".
     ended("router", routed)?;
     ended("supervisor", supervised)?;
+    watched?;
     outcome
 }
 

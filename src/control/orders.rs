@@ -46,6 +46,8 @@ enum OrderError {
     Force { consequence: String },
     #[error("pegaflow is stopping, and its nodes with it")]
     Stopping,
+    #[error("{node} was started by others; restart or drain it where that is done")]
+    External { node: NodeId },
     #[error("{node}: {source}")]
     Node { node: NodeId, source: Refusal },
 }
@@ -55,7 +57,7 @@ impl OrderError {
         match self {
             Self::Unknown { .. } => StatusCode::NOT_FOUND,
             Self::Limit { .. } => StatusCode::BAD_REQUEST,
-            Self::Force { .. } | Self::Stopping => StatusCode::CONFLICT,
+            Self::Force { .. } | Self::Stopping | Self::External { .. } => StatusCode::CONFLICT,
             Self::Node { source, .. } => match source {
                 Refusal::Stopping => StatusCode::CONFLICT,
                 Refusal::NoAnswer(_) => StatusCode::GATEWAY_TIMEOUT,
@@ -158,13 +160,18 @@ impl Verb {
     }
 }
 
-/// A node of this name, else all nodes of this role.
+/// A node of this name, else all nodes of this role, but those that others started.
 fn resolve<'f>(fleet: &'f FleetSnapshot, target: &str) -> Result<Vec<&'f NodeView>, OrderError> {
     if let Some(node) = fleet.node(&target.into()) {
-        return Ok(vec![node]);
+        return match node.external {
+            true => Err(OrderError::External {
+                node: node.id.clone(),
+            }),
+            false => Ok(vec![node]),
+        };
     }
-    let of_role = fleet.nodes().filter(|node| node.role.to_string() == target);
-    let nodes: Vec<_> = of_role.collect();
+    let own = fleet.nodes().filter(|node| !node.external);
+    let nodes: Vec<_> = own.filter(|node| node.role.to_string() == target).collect();
     if nodes.is_empty() {
         let known = fleet
             .nodes()
@@ -238,6 +245,15 @@ mod tests {
         assert!(
             matches!(refused, Err(OrderError::Unknown { known, .. }) if known == "d2 (decode), decode (decode), p (prefill)")
         );
+    }
+
+    #[test]
+    fn nodes_of_others_are_not_ours_to_command() {
+        let fleet = fleet(&[("d1", Role::Decode, Phase::Ready), ("d2", Role::Decode, Phase::Ready)]);
+        fleet.update(&"d2".into(), |node| node.external = true);
+        let fleet = fleet.snapshot();
+        assert_eq!(names(&fleet, "decode"), ["d1"]);
+        assert!(matches!(resolve(&fleet, "d2"), Err(OrderError::External { .. })));
     }
 
     #[test]

@@ -316,7 +316,7 @@ impl Store<'_> {
 
     /// What the nodes will take, without their weights.
     fn nodes(&self) -> u64 {
-        let nodes = self.topology.nodes.iter();
+        let nodes = self.topology.nodes.iter().filter(|node| node.is_own());
         match self.topology.device {
             Device::Cuda => 0,
             Device::Cpu => nodes

@@ -2,12 +2,12 @@
 
 use std::fmt::Write;
 
-use super::{NodePlan, Plan};
+use super::{ExternalNode, NodePlan, Plan};
 use crate::plan::problem::list;
 
 pub(super) fn table(plan: &Plan) -> String {
     let header = ["NODE", "ROLE", "ON", "ADDRESS"].map(str::to_owned);
-    let rows = std::iter::once(header).chain(plan.nodes.iter().map(row));
+    let rows = std::iter::once(header).chain(plan.nodes.iter().map(row)).chain(plan.others.iter().map(other));
     columns(&rows.collect::<Vec<_>>())
 }
 
@@ -49,6 +49,11 @@ pub(super) fn columns<const N: usize>(rows: &[[String; N]]) -> String {
         let _ = writeln!(text, "{}", cells.join("  ").trim_end());
     }
     text
+}
+
+fn other(node: &ExternalNode) -> [String; 4] {
+    let (id, role) = (node.id.to_string(), node.role.to_string());
+    [id, role, "others".to_owned(), node.url.to_string()]
 }
 
 fn row(node: &NodePlan) -> [String; 4] {

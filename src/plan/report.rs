@@ -22,6 +22,8 @@ pub struct Report {
     store: Option<Store>,
     listen: String,
     nodes: Vec<Node>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    others: Vec<Other>,
     warnings: Vec<String>,
 }
 
@@ -58,6 +60,23 @@ struct Node {
     memory: Option<MemoryEstimate>,
     argv: Vec<String>,
     env: BTreeMap<String, String>,
+}
+
+/// A node that others started.
+#[derive(Debug, Serialize)]
+struct Other {
+    id: String,
+    role: Role,
+    pool: String,
+    url: String,
+}
+
+impl Other {
+    fn row(&self) -> [String; 9] {
+        let dash = || "-".to_owned();
+        let (id, role, url) = (self.id.clone(), self.role.to_string(), self.url.clone());
+        [id, role, dash(), dash(), dash(), url, dash(), dash(), dash()]
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -100,6 +119,16 @@ impl Report {
                 .nodes
                 .iter()
                 .map(|node| Node::new(node, host, secrets))
+                .collect(),
+            others: plan
+                .others
+                .iter()
+                .map(|node| Other {
+                    id: node.id.to_string(),
+                    role: node.role,
+                    pool: node.pool.clone(),
+                    url: node.url.to_string(),
+                })
                 .collect(),
             warnings: plan.warnings.clone(),
         }
@@ -145,6 +174,7 @@ impl Report {
         ];
         let rows = self.nodes.iter().map(Node::row);
         let rows = std::iter::once(header.map(str::to_owned)).chain(rows);
+        let rows = rows.chain(self.others.iter().map(Other::row));
         text.push_str(&columns(&rows.collect::<Vec<_>>()));
         for node in &self.nodes {
             let _ = writeln!(text, "\n{}:", node.id);

@@ -23,8 +23,9 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::models::{MAX_MODELS, names};
-use crate::fleet::{FleetPublisher, NodeId, NodeView, Phase, Role};
+use crate::fleet::{FleetPublisher, NodeView, Phase};
 use crate::notify::{Beat, Vitals};
+use crate::plan::ExternalNode;
 use crate::topology::NodeUrl;
 use crate::traffic::Traffic;
 
@@ -33,21 +34,13 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Looks in a row that a ready node may be late for: a busy API server stalls for seconds.
 const LATE_LOOKS: u32 = 3;
 
-/// One node that others started.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExternalNode {
-    pub id: NodeId,
-    pub role: Role,
-    pub url: NodeUrl,
-}
-
 impl ExternalNode {
     /// Before the first look. Where the URL has a name, its address comes with the first look.
     pub fn view(&self) -> NodeView {
         let unknown = std::net::Ipv4Addr::UNSPECIFIED.into();
         let ip = self.url.host().parse().unwrap_or(unknown);
         let addr = SocketAddr::new(ip, self.url.port());
-        NodeView::external(self.id.clone(), self.role, addr)
+        NodeView::external(self.id.clone(), self.role, addr).in_pool(&self.pool)
     }
 }
 

@@ -40,6 +40,8 @@ pub(super) enum Shape {
     Size,
     SizeOrPercent,
     Address,
+    /// Of a node that others started.
+    Url,
     Strings,
     /// A list of web pages' origins.
     Origins,
@@ -67,7 +69,7 @@ pub(super) enum Absent {
 use Absent::{Is, Required, Words};
 use Shape::{
     Address, Aliases, Boolean, Cpus, Duration, DurationOrZero, Gpus, Integer, Model, Name, Numa, Number,
-    OneOf, Origins, Size, SizeOrPercent, Strings, Tables, Text, Variables,
+    OneOf, Origins, Size, SizeOrPercent, Strings, Tables, Text, Url, Variables,
 };
 
 const fn key(name: &'static str, shape: Shape, absent: Absent, doc: &'static str) -> Key {
@@ -183,6 +185,7 @@ pub(super) const NODE: Table = Table {
         key("name", Name, Words("the role"), "Unique."),
         key("role", OneOf(&["prefill", "decode", "unified"]), Required, "prefill computes prompts, decode loads their KV and generates (both are needed), unified does everything for itself."),
         key("pool", Name, Is("\"default\""), "Prefill and decode nodes of one pool hand off to each other, and to no others."),
+        key("url", Url, Words("pegaflow starts the node"), "Where a node is that others started, like http://10.0.0.7:8000: it is looked at and gets requests, and nothing else of it is pegaflow's."),
         key("count", Integer(1, 64, 1), Is("1"), "Replicas, named NAME-0, NAME-1, ..."),
         key("gpus", Gpus, Is("\"auto\""), "auto: GPUs close to each other and to the partners, with the most free memory. A number: that many, chosen so. A list: indices in PCI bus order, UUIDs or PCI addresses."),
         key("cpus", Cpus, Is("\"auto\""), "auto: on CPU an equal share of the cores, with GPUs those of their NUMA nodes. Or a list of cores. all (GPUs only): not confined."),

@@ -14,7 +14,7 @@ use super::problem::{Findings, ProblemKind};
 use super::section::Section;
 use super::source::join;
 use super::value::{
-    address, boolean, cpus, device, duration, duration_or_zero, integer, non_empty, number, one_of,
+    address, boolean, cpus, device, duration, duration_or_zero, integer, node_url, non_empty, number, one_of,
     role, size, string, wrong,
 };
 use super::{
@@ -364,6 +364,7 @@ fn node(mut section: Section<'_, '_, '_, '_>, device: Device) -> NodeSettings {
         pool: section
             .get("pool", string)
             .unwrap_or_else(|| DEFAULT_POOL.to_owned()),
+        url: section.get("url", node_url),
         count: section.get("count", integer(1..=64)).unwrap_or(1),
         gpus,
         cpus: section.get("cpus", cpus).unwrap_or(CpuRequest::Auto),

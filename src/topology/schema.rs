@@ -19,6 +19,8 @@ const ADDRESS: &str = r"([0-9]{1,3}(\.[0-9]{1,3}){3}|\[[0-9A-Fa-f:.]+\]):[0-9]{1
 
 const ORIGIN: &str = r"\*|https?://[!-.0-~]+";
 
+const NODE_URL: &str = r"[hH][tT][tT][pP]://[^/?#@\s]+:[0-9]{1,5}/?";
+
 /// JSON schema, draft 7: what the TOML editors know.
 pub fn schema() -> Value {
     let mut schema = table(&keys::TOP);
@@ -93,6 +95,7 @@ fn of_shape(shape: Shape) -> Value {
         Shape::Size => text(&format!("(?=.*[1-9]){SIZE}")),
         Shape::SizeOrPercent => text(&format!("(?=.*[1-9])({SIZE}|{PERCENT})")),
         Shape::Address => text(ADDRESS),
+        Shape::Url => text(NODE_URL),
         Shape::Strings => json!({"type": "array", "items": of_shape(Shape::Text)}),
         Shape::Origins => json!({"type": "array", "items": text(ORIGIN)}),
         Shape::Aliases => json!({

@@ -9,6 +9,7 @@ use super::problem::{Findings, ProblemKind};
 use super::{Capacity, CpuRequest, Device, GpuRequest, NodeSettings, Topology};
 use crate::fleet::Role;
 
+mod others;
 mod router;
 
 pub use router::is_origin;
@@ -25,11 +26,16 @@ pub(super) fn validate(topology: &Topology, findings: &mut Findings<'_>) {
     for (index, node) in topology.nodes.iter().enumerate() {
         let at = At(index);
         names(topology, &at, node, findings);
+        if !node.is_own() {
+            others::other(topology, &at, node, findings);
+            continue;
+        }
         device(topology.device, &at, node, findings);
         port(topology, &at, node, findings);
         args(&at, node, findings);
         env(&at, node, findings);
     }
+    others::some_own(topology, findings);
     roles(topology, findings);
     sharing(topology, findings);
 }
@@ -260,11 +266,11 @@ fn env(at: &At, node: &NodeSettings, findings: &mut Findings<'_>) {
     }
 }
 
-/// The pools, in the file's order, and the nodes of each that share KV.
+/// The pools, in the file's order, and the nodes of each.
 fn pools(topology: &Topology) -> Vec<Vec<(usize, &NodeSettings)>> {
     let mut pools: Vec<Vec<(usize, &NodeSettings)>> = Vec::new();
     let sharing = topology.nodes.iter().enumerate();
-    for (index, node) in sharing.filter(|(_, node)| node.shares_kv()) {
+    for (index, node) in sharing.filter(|(_, node)| node.role != Role::Unified) {
         let same =
             |pool: &&mut Vec<(usize, &NodeSettings)>| pool.iter().any(|(_, n)| n.pool == node.pool);
         match pools.iter_mut().find(same) {
@@ -284,7 +290,7 @@ fn roles(topology: &Topology, findings: &mut Findings<'_>) {
         if !is_name(&node.pool, 40) {
             let found = format!("the name {:?}", node.pool);
             findings.add(&key, bad(found, "1 to 40 of a-z, 0-9 and -"));
-        } else if !node.shares_kv() {
+        } else if node.role == Role::Unified {
             let conflict = ProblemKind::Conflict {
                 with: "`role = \"unified\"`".to_owned(),
                 instead: "leave it out: a unified node shares no KV".to_owned(),
@@ -314,7 +320,9 @@ fn roles(topology: &Topology, findings: &mut Findings<'_>) {
 }
 
 fn sharing(topology: &Topology, findings: &mut Findings<'_>) {
-    for pool in pools(topology) {
+    for mut pool in pools(topology) {
+        others::apart(&pool, findings);
+        pool.retain(|(_, node)| node.is_own());
         agreeing(&pool, findings);
     }
 }

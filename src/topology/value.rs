@@ -8,7 +8,7 @@ use bytesize::ByteSize;
 use toml::de::DeValue;
 
 use super::problem::ProblemKind;
-use super::{CpuRequest, Device};
+use super::{CpuRequest, Device, NodeUrl, UrlError};
 use crate::fleet::Role;
 
 type Read<T> = Result<T, ProblemKind>;
@@ -95,6 +95,15 @@ pub(super) fn address(value: &DeValue<'_>) -> Read<SocketAddr> {
     text(value, INSTEAD)?
         .parse()
         .map_err(|_| bad(value, INSTEAD))
+}
+
+pub(super) fn node_url(value: &DeValue<'_>) -> Read<NodeUrl> {
+    let text = text(value, "a URL, like \"http://10.0.0.7:8000\"")?;
+    text.parse().map_err(|error: UrlError| {
+        let instead = error.to_string();
+        let instead = instead.strip_prefix("write ").unwrap_or(&instead);
+        bad(value, instead)
+    })
 }
 
 pub(super) fn device(value: &DeValue<'_>) -> Read<Device> {

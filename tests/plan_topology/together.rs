@@ -143,3 +143,91 @@ fn combinations_that_contradict_are_refused() {
         Kind::PortCollision { port: 9000, .. }
     );
 }
+
+#[test]
+fn a_node_of_others_has_an_address_and_a_part_and_nothing_else() {
+    let other = |role: &str, rest: &str| {
+        format!("[[node]]\nname = \"o-{role}\"\nrole = \"{role}\"\nurl = \"http://{role}:8000\"\n{rest}")
+    };
+    let text = cuda(&[PD, &other("unified", "")].concat());
+    let topology = Topology::parse(&text, Path::new("t.toml")).unwrap();
+    let own: Vec<_> = topology.nodes.iter().map(|node| node.is_own()).collect();
+    assert_eq!(own, [true, true, false]);
+    for rest in [
+        "count = 2\n",
+        "gpus = [0]\n",
+        "args = [\"--seed\", \"1\"]\n",
+        "env = { A = \"b\" }\n",
+        "port = 9000\n",
+        "kv_cache = \"1GiB\"\n",
+    ] {
+        let (.., key, kind) = one(&cuda(&[PD, &other("unified", rest)].concat()));
+        let name = rest.split(' ').next().unwrap();
+        assert_eq!(key, format!("node[2].{name}"));
+        assert!(matches!(kind, Kind::Conflict { with, .. } if with == "`url`"));
+    }
+    // They share what they share among themselves.
+    let apart = |pool: &str| {
+        let (p, d) = (other("prefill", pool), other("decode", pool));
+        cuda(&[PD, &p, &d].concat())
+    };
+    Topology::parse(&apart("pool = \"far\"\n"), Path::new("t.toml")).unwrap();
+    let (.., key, kind) = one(&apart(""));
+    assert_eq!(key, "node[2].url");
+    assert!(matches!(kind, Kind::Conflict { .. }), "{kind:?}");
+    let (.., key, kind) = one(&cuda(&[PD, &other("decode", "pool = \"far\"\n")].concat()));
+    assert_eq!((key.as_str(), kind), ("node[2].role", Kind::DecodeWithoutPrefill));
+    let twice = other("unified", "").replace("o-unified", "again");
+    let (.., key, kind) = one(&cuda(&[PD, &other("unified", ""), &twice].concat()));
+    assert_eq!(key, "node[3].url");
+    assert!(matches!(kind, Kind::Conflict { with, .. } if with.contains("node[2]")));
+    for wrong in ["https://a:1", "a:1", "http://a:1/v1"] {
+        let text = other("unified", "").replace("http://unified:8000", wrong);
+        let (.., key, kind) = one(&cuda(&[PD, &text].concat()));
+        assert_eq!(key, "node[2].url", "{wrong}");
+        assert!(matches!(kind, Kind::BadValue { .. }), "{kind:?}");
+    }
+    // Somebody has to be started.
+    let (.., key, kind) = one(&cuda(&other("unified", "")));
+    assert_eq!(key, "node");
+    assert!(matches!(kind, Kind::Missing { instead } if instead.contains("pegaflow router")));
+}
+
+#[test]
+fn an_alias_means_a_model_that_is_here() {
+    let aliases = |table: &str| unified(&format!("[router]\naliases = {table}\n"));
+    let topology = Topology::parse(&aliases("{ \"gpt-4o\" = \"name\" }"), Path::new("t.toml")).unwrap();
+    assert_eq!(topology.router.aliases["gpt-4o"], "name");
+    for (table, key) in [
+        ("{ a = \"other\" }", "router.aliases.a"),
+        ("{ name = \"name\" }", "router.aliases.name"),
+    ] {
+        let (.., found, kind) = one(&aliases(table));
+        assert_eq!(found, key);
+        assert!(matches!(kind, Kind::Conflict { .. }), "{kind:?}");
+    }
+    let (.., kind) = one(&aliases("{ \" \" = \"name\" }"));
+    assert!(matches!(kind, Kind::BadValue { .. }), "{kind:?}");
+}
+
+#[test]
+fn what_the_router_shows_to_clients_is_whole_and_apart_from_its_figures() {
+    let router = |keys: &str| unified(&format!("[router]\n{keys}\n"));
+    for (keys, key) in [("tls_cert = \"a\"", "router.tls_key"), ("tls_key = \"a\"", "router.tls_cert")] {
+        let (.., found, kind) = one(&router(keys));
+        assert_eq!(found, key);
+        assert!(matches!(kind, Kind::Missing { .. }), "{kind:?}");
+    }
+    let both = router("tls_cert = \"cert.pem\"\ntls_key = \"/etc/key.pem\"");
+    let topology = Topology::parse(&both, Path::new("dir/t.toml")).unwrap();
+    let tls = topology.router.tls.as_ref().unwrap();
+    assert_eq!((tls.cert.as_path(), tls.key.as_path()), (Path::new("dir/cert.pem"), Path::new("/etc/key.pem")));
+    assert_eq!(topology.router.url(), "https://127.0.0.1:8000");
+
+    let (.., key, kind) = one(&router("metrics_listen = \"127.0.0.1:8000\""));
+    assert_eq!(key, "router.metrics_listen");
+    assert!(matches!(kind, Kind::PortCollision { port: 8000, .. }), "{kind:?}");
+    let (.., key, kind) = one(&router("cors_origins = [\"*\", \"https://a/b\"]"));
+    assert_eq!(key, "router.cors_origins[1]");
+    assert!(matches!(kind, Kind::BadValue { .. }), "{kind:?}");
+}

@@ -25,6 +25,7 @@ mod kills;
 mod leaving;
 mod orders;
 mod orphans;
+mod others;
 mod pid_one;
 mod ports;
 mod restarts;
