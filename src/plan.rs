@@ -4,7 +4,7 @@
 //! optional settings left, names concrete GPUs, CPU cores, ports and arguments, and can be printed.
 //! Making it is pure: it looks at a [`crate::host::HostSnapshot`], never at the machine.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -14,7 +14,7 @@ use crate::host::HostSnapshot;
 pub use crate::topology::{
     Device, RouterSettings as RouterPlan, SupervisorSettings as SupervisorPlan,
 };
-use crate::topology::{Launcher, ModelFacts, NodeSettings, NodeUrl, Secrets, Topology};
+use crate::topology::{Launcher, ModelFacts, ModelRef, NodeSettings, NodeUrl, Secrets, Topology};
 
 mod cpu;
 mod gpu;
@@ -55,7 +55,7 @@ pub struct Plan {
     pub warnings: Vec<String>,
 }
 
-/// The model that all nodes serve.
+/// The model that nodes serve which name no other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelPlan {
     /// What clients write in `model`.
@@ -81,6 +81,8 @@ pub struct ExternalNode {
 pub struct NodePlan {
     pub id: NodeId,
     pub role: Role,
+    /// What clients write in `model` to reach it.
+    pub served_model: String,
     /// Whose KV it may load.
     pub pool: String,
     pub addr: SocketAddr,
@@ -121,6 +123,8 @@ impl fmt::Debug for NodePlan {
 pub struct PlanInputs {
     pub launcher: Launcher,
     pub model: ModelFacts,
+    /// What [`Topology::other_models`] are.
+    pub other_models: Vec<(ModelRef, ModelFacts)>,
     /// The first ports of as many free ranges as [`Plan::ports_needed`] says
     /// ([`crate::host::claim_ports`]).
     pub ports: Vec<u16>,
@@ -138,6 +142,18 @@ pub struct PlanInputs {
     pub inherited_pythonpath: Option<String>,
     /// A CPU variant beside the topology file ([`crate::topology::cpu_sibling`]).
     pub cpu_config: Option<PathBuf>,
+}
+
+impl PlanInputs {
+    /// What is known of the model that the node serves.
+    fn facts(&self, node: &NodeSettings) -> &ModelFacts {
+        let own = node.model.as_ref();
+        let other = own.and_then(|own| {
+            let mut others = self.other_models.iter();
+            others.find(|(model, _)| *model == own.model)
+        });
+        other.map_or(&self.model, |(_, facts)| facts)
+    }
 }
 
 /// One node to be: a `[[node]]` with `count` expanded.
@@ -175,7 +191,8 @@ impl Plan {
     ) -> Result<Self, PlanErrors> {
         let replicas = replicas(topology);
         let mut found = Found::default();
-        model_check::check(topology, &inputs.model, &mut found);
+        let facts = |node: &NodeSettings| inputs.facts(node);
+        model_check::check(topology, facts, &mut found);
         let mut placements = match topology.device {
             Device::Cuda if host.gpus.is_empty() => {
                 found.problem("device", gpu::none(host, inputs));
@@ -186,7 +203,7 @@ impl Plan {
         };
         ports(&replicas, inputs, &mut placements, &mut found);
         let placed = (&replicas[..], &placements[..]);
-        let memory = memory::estimate(topology, &inputs.model, placed, host, &mut found);
+        let memory = memory::estimate(topology, facts, placed, host, &mut found);
         let sharing = kv::sharing(&replicas, &placements);
         let kv = kv::plan(topology, host, &replicas, &sharing, &mut found);
         let warnings = found.into_warnings(topology)?;
@@ -219,6 +236,11 @@ impl Plan {
             secrets,
             warnings,
         })
+    }
+
+    /// What clients may write in `model`, without adapters and aliases.
+    pub fn served_names(&self) -> BTreeSet<&str> {
+        self.nodes.iter().map(|node| node.served_model.as_str()).collect()
     }
 
     /// A table of the nodes, without secrets.
@@ -290,6 +312,7 @@ mod tests {
             role: Role::Unified,
             pool: crate::fleet::DEFAULT_POOL.to_owned(),
             url: None,
+            model: None,
             count: 1,
             gpus: GpuRequest::Auto,
             cpus: CpuRequest::Auto,

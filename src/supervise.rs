@@ -96,7 +96,6 @@ const VERDICTS: usize = 8;
 /// How a pair of nodes is examined.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CanaryPlan {
-    pub served_model: String,
     /// Tokens per chunk.
     pub block_size: u32,
     /// How far logprobs may be apart; 0.0: bit-exact.
@@ -167,7 +166,6 @@ pub async fn run(deps: SupervisorDeps, shutdown: Shutdown) -> Result<(), Supervi
     let shared = Arc::new(Shared {
         plan: deps.plan,
         client: client.clone(),
-        served_model: deps.canary.served_model.clone(),
         fleet: deps.fleet.clone(),
         traffic: deps.traffic.clone(),
         log_dir: deps.log_dir,

@@ -10,7 +10,7 @@
 //! What depends on the machine (which GPU, which port) is not decided here but in
 //! [`crate::plan`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -117,6 +117,14 @@ pub enum ModelRef {
     Path(PathBuf),
     /// A Hugging Face id, `owner/name`.
     HuggingFace(String),
+}
+
+/// What a node serves instead of the topology's model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodeModel {
+    pub model: ModelRef,
+    /// What clients write in `model`.
+    pub served_name: String,
 }
 
 /// The model as it was found on this machine.
@@ -290,6 +298,8 @@ pub struct NodeSettings {
     pub pool: String,
     /// Where it is, if others started it; then nothing below counts.
     pub url: Option<NodeUrl>,
+    /// `None`: the topology's.
+    pub model: Option<NodeModel>,
     /// Replicas, at least one.
     pub count: u32,
     pub gpus: GpuRequest,
@@ -373,6 +383,35 @@ impl Topology {
         nodes
             .chain(own.into_iter().flatten().map(|listen| listen.port()))
             .collect()
+    }
+
+    /// What the node serves.
+    pub fn model_of<'t>(&'t self, node: &'t NodeSettings) -> &'t ModelRef {
+        node.model.as_ref().map_or(&self.model, |own| &own.model)
+    }
+
+    /// What clients write in `model` to reach the node.
+    pub fn served_by<'t>(&'t self, node: &'t NodeSettings) -> &'t str {
+        let own = node.model.as_ref();
+        own.map_or(&self.served_model_name, |own| &own.served_name)
+    }
+
+    /// The names of all models that pegaflow's own nodes serve.
+    pub fn served_names(&self) -> BTreeSet<&str> {
+        let own = self.nodes.iter().filter(|node| node.is_own());
+        own.map(|node| self.served_by(node)).collect()
+    }
+
+    /// What nodes serve beside the topology's model, each once.
+    pub fn other_models(&self) -> Vec<&ModelRef> {
+        let own = self.nodes.iter().filter(|node| node.is_own());
+        let mut others: Vec<&ModelRef> = Vec::new();
+        for model in own.map(|node| self.model_of(node)) {
+            if *model != self.model && !others.contains(&model) {
+                others.push(model);
+            }
+        }
+        others
     }
 
     /// Where a key like `node[1].gpus` stands in the file, or the nearest table around it.

@@ -46,6 +46,7 @@ fn inputs() -> PlanInputs {
             config: Some(json!({"model_type": "qwen3"})),
             weights: None,
         },
+        other_models: Vec::new(),
         ports: vec![11_000, 11_032, 11_064, 11_096],
         engine_socket: "run/engine.sock".into(),
         shim_dir: "run/shim".into(),

@@ -99,6 +99,7 @@ fn report() -> Report {
             config: Some(config),
             weights: Some(15 * GIB),
         },
+        other_models: Vec::new(),
         ports: vec![11_000, 11_032],
         engine_socket: "/run/user/1000/pegaflow/t/engine.sock".into(),
         shim_dir: "/run/user/1000/pegaflow/t/shim".into(),

@@ -90,6 +90,7 @@ impl Supervised {
         let path = dir.path().to_str().unwrap();
         let argv = ["python3", script, &port, &marker, mode, path].map(str::to_owned);
         let node = NodePlan {
+            served_model: "m".into(),
             id: "n".into(),
             role: Role::Unified,
             pool: "default".into(),
@@ -109,7 +110,6 @@ impl Supervised {
             nodes: vec![node],
             plan,
             canary: CanaryPlan {
-                served_model: "m".into(),
                 block_size: 32,
                 tolerance: 0.0,
                 deadline: LIMIT,

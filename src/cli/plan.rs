@@ -58,21 +58,31 @@ fn report(args: &TopologyArgs) -> Result<Report, Exit> {
             Launcher::Python(PathBuf::from("python"))
         }
     };
-    let model = model::find(&topology.model).map_err(|error| machine(error.into()))?;
-    if model.is_none() {
+    let mut is_absent = false;
+    let mut find = |model: &ModelRef| {
+        let found = model::find(model).map_err(|error| machine(error.into()))?;
+        is_absent |= found.is_none();
+        Ok::<_, Exit>(found.unwrap_or_else(|| absent(model)))
+    };
+    let model = find(&topology.model)?;
+    let others = topology.other_models().into_iter();
+    let others = others
+        .map(|model| Ok((model.clone(), find(model)?)))
+        .collect::<Result<Vec<_>, Exit>>()?;
+    if is_absent {
         notes.push(
             "the model is not here yet, so that its memory is not known; `pegaflow prepare` fetches it",
         );
     }
-    let plan = run.plan(&host, launcher, model.unwrap_or_else(|| absent(&topology)))?;
+    let plan = run.plan(&host, launcher, model, others)?;
     let mut report = Report::new(&plan, &host, &topology.secrets);
     notes.into_iter().for_each(|note| report.warn(note));
     Ok(report)
 }
 
 /// What is known of a model that is not here.
-fn absent(topology: &Topology) -> ModelFacts {
-    let name = match &topology.model {
+fn absent(model: &ModelRef) -> ModelFacts {
+    let name = match model {
         ModelRef::BuiltinTiny => "builtin:tiny".to_owned(),
         ModelRef::Path(path) => path.to_string_lossy().into_owned(),
         ModelRef::HuggingFace(id) => id.clone(),

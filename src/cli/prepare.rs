@@ -9,7 +9,7 @@ use crate::instance;
 use crate::model;
 use crate::plan::{Plan, PlanInputs};
 use crate::runtime::{self, Guarding, Job, Runtime};
-use crate::topology::{self, Launcher, ModelFacts, Topology};
+use crate::topology::{self, Launcher, ModelFacts, ModelRef, Topology};
 
 /// `pegaflow prepare`: does the slow, once-only part of `up`, and prints where things are.
 pub async fn prepare(cx: Context) -> Result<(), Exit> {
@@ -22,11 +22,18 @@ pub async fn prepare(cx: Context) -> Result<(), Exit> {
     .await;
     // A leftover in the temporary directory harms nobody.
     let _ = std::fs::remove_dir_all(&shim);
-    let Installed { runtime, model } = outcome?;
+    let Installed {
+        runtime,
+        model,
+        other_models,
+    } = outcome?;
     if let Some(interpreter) = &runtime.interpreter {
         println!("interpreter {}", interpreter.display());
     }
     println!("model {}", model.load_from);
+    for (_, model) in other_models {
+        println!("model {}", model.load_from);
+    }
     Ok(())
 }
 
@@ -42,6 +49,7 @@ pub fn tempdir(name: &str) -> Result<PathBuf, Exit> {
 pub struct Installed {
     pub runtime: Runtime,
     pub model: ModelFacts,
+    pub other_models: Vec<(ModelRef, ModelFacts)>,
 }
 
 /// Installs the runtime and fetches the model, both of which are no-ops when done before.
@@ -75,22 +83,30 @@ pub async fn install(
     .map_err(|error| interrupted(error.into()))?;
     drop(ui);
     tracing::info!("runtime: {}", runtime.description);
-    let ui = cx.console.progress("model");
-    let model = model::resolve(
-        &topology.model,
-        &runtime,
-        shim,
-        Job {
+    let resolve = async |model: &ModelRef| {
+        let ui = cx.console.progress("model");
+        let job = Job {
             ui: &ui,
             cancel,
             guard,
-        },
-    )
-    .await
-    .map_err(|error| interrupted(error.into()))?;
-    drop(ui);
-    tracing::info!("model: {}", model.load_from);
-    Ok(Installed { runtime, model })
+        };
+        let facts = model::resolve(model, &runtime, shim, job)
+            .await
+            .map_err(|error| interrupted(error.into()))?;
+        drop(ui);
+        tracing::info!("model: {}", facts.load_from);
+        Ok::<_, Exit>(facts)
+    };
+    let model = resolve(&topology.model).await?;
+    let mut other_models = Vec::new();
+    for other in topology.other_models() {
+        other_models.push((other.clone(), resolve(other).await?));
+    }
+    Ok(Installed {
+        runtime,
+        model,
+        other_models,
+    })
 }
 
 /// pegaflow itself, to be started again as a guard.
@@ -130,7 +146,7 @@ impl<'a> Run<'a> {
             config: None,
             weights: None,
         };
-        self.plan(host, Launcher::Vllm("vllm".into()), model)
+        self.plan(host, Launcher::Vllm("vllm".into()), model, Vec::new())
             .map(|_| ())
     }
 
@@ -139,10 +155,12 @@ impl<'a> Run<'a> {
         host: &HostSnapshot,
         launcher: Launcher,
         model: ModelFacts,
+        other_models: Vec<(ModelRef, ModelFacts)>,
     ) -> Result<Plan, Exit> {
         let inputs = PlanInputs {
             launcher,
             model,
+            other_models,
             ports: self.ports.firsts().to_vec(),
             engine_socket: instance::engine_socket(self.run_dir),
             shim_dir: instance::shim_dir(self.run_dir),

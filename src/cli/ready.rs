@@ -118,7 +118,7 @@ pub fn banner(plan: &Plan, fleet: &FleetSnapshot, log_dir: &std::path::Path) -> 
     let (url, figures) = (plan.router.url(), plan.router.metrics_url());
     let mut text = format!(
         "pegaflow is ready: {url}/v1   model: {}\n",
-        plan.model.served_name
+        Vec::from_iter(plan.served_names()).join(", ")
     );
     let _ = writeln!(
         text,
@@ -158,7 +158,7 @@ pub fn banner(plan: &Plan, fleet: &FleetSnapshot, log_dir: &std::path::Path) -> 
          curl {url}/v1/completions{key} -H 'Content-Type: application/json' \\\n    \
          -d '{{\"model\": \"{}\", \"prompt\": \"The quick brown fox\", \"max_tokens\": 16}}'\n",
         log_dir.display(),
-        plan.model.served_name
+        plan.served_names().first().unwrap_or(&"")
     );
     text
 }

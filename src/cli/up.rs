@@ -23,7 +23,7 @@ use tokio::task::{JoinError, JoinHandle, JoinSet};
 use super::leftovers::{end_orphans, host_that_fits};
 use super::listen::{self, Credentials};
 use super::others::Watching;
-use super::prepare::{Installed, Run, guard_program, install};
+use super::prepare::{Run, guard_program, install};
 use super::ready::{self, Start};
 use super::{Context, Exit};
 use crate::control::{About, Control, ControlDeps, Devices};
@@ -83,9 +83,9 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
         .map_err(|error| Exit::Machine(error.into()))?;
     cx.service.preparing();
     cx.console.underway(instance.name(), &own_log);
-    let Installed { runtime, model } =
-        install(&cx, &topology, &shim, Some(instance.dir().to_owned())).await?;
-    let plan = run.plan(&host, runtime.launcher, model)?;
+    let found = install(&cx, &topology, &shim, Some(instance.dir().to_owned())).await?;
+    let launcher = found.runtime.launcher;
+    let plan = run.plan(&host, launcher, found.model, found.other_models)?;
     for warning in &plan.warnings {
         tracing::warn!("{warning}");
     }
@@ -148,7 +148,7 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
     let own = plan.nodes.iter().map(|node| {
         NodeView::pending(node.id.clone(), node.role, node.addr)
             .in_pool(&node.pool)
-            .serving([&plan.model.served_name])
+            .serving([&node.served_model])
     });
     let others = plan.others.iter().map(ExternalNode::view);
     let fleet = FleetPublisher::new(own.chain(others));
@@ -291,7 +291,7 @@ fn about(cx: &Context, plan: &Plan, instance: &Instance) -> About {
     About {
         name: plan.name.clone(),
         url: plan.router.url(),
-        model: plan.model.served_name.clone(),
+        model: Vec::from_iter(plan.served_names()).join(", "),
         topology: std::path::absolute(file).unwrap_or_else(|_| file.clone()),
         logs: instance.log_dir().to_owned(),
         has_own_log: cx.console.is_detached(),
@@ -303,7 +303,6 @@ fn about(cx: &Context, plan: &Plan, instance: &Instance) -> About {
 
 fn canary(plan: &Plan) -> CanaryPlan {
     CanaryPlan {
-        served_model: plan.model.served_name.clone(),
         block_size: plan.model.block_size,
         tolerance: plan.kv.canary_logprob_tolerance,
         deadline: CANARY_DEADLINE,

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::{NodePlan, Placement, PlanInputs, Replica, cpu, loopback};
 use crate::fleet::NodeKey;
-use crate::topology::{Device, Launcher, ModelRef, Topology};
+use crate::topology::{Device, Launcher, ModelRef, NodeSettings, Topology};
 
 /// What all nodes have in common.
 pub(super) struct Launch<'a> {
@@ -19,6 +19,7 @@ impl Launch<'_> {
         NodePlan {
             id: replica.id.clone(),
             role: replica.settings.role,
+            served_model: self.topology.served_by(replica.settings).to_owned(),
             pool: replica.settings.pool.clone(),
             addr: loopback(placement.port),
             argv: self.argv(replica, &placement),
@@ -35,7 +36,7 @@ impl Launch<'_> {
     fn argv(&self, replica: &Replica<'_>, placement: &Placement) -> Vec<String> {
         let Self { topology, inputs } = self;
         let node = replica.settings;
-        let model = inputs.model.load_from.as_str();
+        let model = inputs.facts(node).load_from.as_str();
         let mut argv: Vec<String> = match &inputs.launcher {
             Launcher::Vllm(program) => vec![
                 program.to_string_lossy().into_owned(),
@@ -53,7 +54,7 @@ impl Launch<'_> {
             .to_vec(),
         };
         let mut flag = |name: &str, value: String| argv.extend([name.to_owned(), value]);
-        flag("--served-model-name", topology.served_model_name.clone());
+        flag("--served-model-name", topology.served_by(node).to_owned());
         flag("--host", loopback(placement.port).ip().to_string());
         flag("--port", placement.port.to_string());
         flag("--block-size", topology.block_size.to_string());
@@ -88,7 +89,7 @@ impl Launch<'_> {
         for name in ["PYTHONUNBUFFERED", "VLLM_NO_USAGE_STATS", "DO_NOT_TRACK"] {
             set(name, "1".to_owned());
         }
-        if self.model_is_local() {
+        if self.model_is_local(node) {
             set("HF_HUB_OFFLINE", "1".to_owned());
         }
         for (name, value) in &node.env {
@@ -118,7 +119,7 @@ impl Launch<'_> {
             let socket = inputs.engine_socket.to_string_lossy();
             set("PEGAFLOW_KV_SOCKET", socket.into_owned());
             set("PEGAFLOW_KV_TOKEN", inputs.kv_token.clone());
-            set("PEGAFLOW_WEIGHTS_ID", inputs.model.identity.clone());
+            set("PEGAFLOW_WEIGHTS_ID", inputs.facts(node).identity.clone());
             if topology.kv.save_decoded {
                 set("PEGAFLOW_KV_SAVE_DECODED", "1".to_owned());
             }
@@ -127,10 +128,10 @@ impl Launch<'_> {
     }
 
     /// Everything is on this disk: vLLM need not ask Hugging Face.
-    fn model_is_local(&self) -> bool {
-        match &self.topology.model {
+    fn model_is_local(&self, node: &NodeSettings) -> bool {
+        match self.topology.model_of(node) {
             ModelRef::BuiltinTiny | ModelRef::Path(_) => true,
-            ModelRef::HuggingFace(id) => *id != self.inputs.model.load_from,
+            ModelRef::HuggingFace(id) => *id != self.inputs.facts(node).load_from,
         }
     }
 

@@ -35,14 +35,15 @@ pub struct MemoryEstimate {
 }
 
 /// For each replica what it takes, where the model's configuration is known; refuses those that cannot fit.
-pub(super) fn estimate(
+pub(super) fn estimate<'m>(
     topology: &Topology,
-    model: &ModelFacts,
+    facts: impl Fn(&NodeSettings) -> &'m ModelFacts,
     (replicas, placements): (&[Replica<'_>], &[Placement]),
     host: &HostSnapshot,
     found: &mut Found,
 ) -> Vec<Option<MemoryEstimate>> {
     let estimate = |(replica, placement): (&Replica<'_>, &Placement)| {
+        let model = facts(replica.settings);
         let shape = Shape::of(topology, model, replica.settings)?;
         let mut estimate = shape.of_rank(replica.settings.tensor_parallel.into());
         let budget = match topology.device {

@@ -20,15 +20,34 @@ const MLA_TYPES: &[&str] = &[
     "pangu_ultra_moe",
 ];
 
-pub(super) fn check(topology: &Topology, model: &ModelFacts, found: &mut Found) {
-    let shares = topology.nodes.iter().any(NodeSettings::shares_kv);
-    if !shares || topology.device != Device::Cpu || topology.kv.allow_unproven_models {
+pub(super) fn check<'m>(
+    topology: &Topology,
+    facts: impl Fn(&NodeSettings) -> &'m ModelFacts,
+    found: &mut Found,
+) {
+    if topology.device != Device::Cpu || topology.kv.allow_unproven_models {
         return;
     }
+    let mut seen = Vec::new();
+    let nodes = topology.nodes.iter().enumerate();
+    for (index, node) in nodes.filter(|(_, node)| node.shares_kv()) {
+        let model = topology.model_of(node);
+        if !seen.contains(&model) {
+            seen.push(model);
+            let key = match *model == topology.model {
+                true => "model".to_owned(),
+                false => format!("node[{index}].model"),
+            };
+            check_one(&key, facts(node), found);
+        }
+    }
+}
+
+fn check_one(key: &str, model: &ModelFacts, found: &mut Found) {
     match &model.config {
         Some(config) => {
             if let Some(model_type) = mla(config) {
-                found.problem("model", PlanProblem::MlaOnCpu { model_type });
+                found.problem(key, PlanProblem::MlaOnCpu { model_type });
             }
         }
         None => found.warning(format!(

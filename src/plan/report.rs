@@ -48,6 +48,9 @@ struct Store {
 struct Node {
     id: String,
     role: Role,
+    /// Where it is not the topology's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    served_name: Option<String>,
     pool: String,
     gpus: Vec<Gpu>,
     /// Empty: not confined.
@@ -118,7 +121,11 @@ impl Report {
             nodes: plan
                 .nodes
                 .iter()
-                .map(|node| Node::new(node, host, secrets))
+                .map(|node| Node {
+                    served_name: (node.served_model != plan.model.served_name)
+                        .then(|| node.served_model.clone()),
+                    ..Node::new(node, host, secrets)
+                })
                 .collect(),
             others: plan
                 .others
@@ -177,7 +184,8 @@ impl Report {
         let rows = rows.chain(self.others.iter().map(Other::row));
         text.push_str(&columns(&rows.collect::<Vec<_>>()));
         for node in &self.nodes {
-            let _ = writeln!(text, "\n{}:", node.id);
+            let served = node.served_name.iter().map(|name| format!(" serves {name}"));
+            let _ = writeln!(text, "\n{}:{}", node.id, served.collect::<String>());
             let _ = writeln!(text, "  {}", shell(&node.argv));
             for (name, value) in &node.env {
                 let _ = writeln!(text, "    {name}={}", quote(value));
@@ -196,6 +204,7 @@ impl Node {
         Self {
             id: node.id.to_string(),
             role: node.role,
+            served_name: None,
             pool: node.pool.clone(),
             gpus: gpus
                 .filter(|gpu| node.gpus.contains(&gpu.index))

@@ -101,6 +101,7 @@ impl Canary {
             client: &self.client,
             board: &self.board,
             traffic: &self.traffic,
+            model: decode.models.first().map(String::as_str),
             prefill: (p, prefill.addr),
             decode: (d, decode.addr),
         };

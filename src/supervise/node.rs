@@ -46,7 +46,6 @@ const WARM_UP_CALL: Duration = Duration::from_secs(600);
 pub struct Shared {
     pub plan: SupervisorPlan,
     pub client: NodeClient,
-    pub served_model: String,
     pub fleet: FleetPublisher,
     pub traffic: Traffic,
     pub log_dir: PathBuf,
@@ -232,17 +231,17 @@ impl NodeActor {
                     .spawn(async move { Event::Pulse(client.pulse(addr).await) });
             }
             Action::Canary => {
-                let shared = self.shared.clone();
+                let (shared, model) = (self.shared.clone(), self.plan.served_model.clone());
                 self.calls.spawn(async move {
-                    let (model, limit) = (&shared.served_model, shared.plan.hang_timeout);
-                    Event::Canary(shared.client.canary(addr, model, limit).await)
+                    let limit = shared.plan.hang_timeout;
+                    Event::Canary(shared.client.canary(addr, &model, limit).await)
                 });
             }
             Action::WarmUp => {
                 let (shared, id) = (self.shared.clone(), self.plan.id.clone());
+                let model = self.plan.served_model.clone();
                 self.calls.spawn(async move {
-                    let model = &shared.served_model;
-                    let warmth = shared.client.warm_up(addr, model, WARM_UP_CALL).await;
+                    let warmth = shared.client.warm_up(addr, &model, WARM_UP_CALL).await;
                     // Its adapters are known to it alone.
                     if let Some(models) = shared.client.models(addr).await
                         && !models.is_empty()

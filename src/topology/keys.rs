@@ -186,6 +186,8 @@ pub(super) const NODE: Table = Table {
         key("role", OneOf(&["prefill", "decode", "unified"]), Required, "prefill computes prompts, decode loads their KV and generates (both are needed), unified does everything for itself."),
         key("pool", Name, Is("\"default\""), "Prefill and decode nodes of one pool hand off to each other, and to no others."),
         key("url", Url, Words("pegaflow starts the node"), "Where a node is that others started, like http://10.0.0.7:8000: it is looked at and gets requests, and nothing else of it is pegaflow's."),
+        key("model", Model, Words("the topology's `model`"), "Another model for this node: as `model` at the top. All prefill and decode nodes of a pool serve one."),
+        key("served_model_name", Text, Words("the last part of the node's `model`, else the topology's name"), "What clients write in `model` to reach this node."),
         key("count", Integer(1, 64, 1), Is("1"), "Replicas, named NAME-0, NAME-1, ..."),
         key("gpus", Gpus, Is("\"auto\""), "auto: GPUs close to each other and to the partners, with the most free memory. A number: that many, chosen so. A list: indices in PCI bus order, UUIDs or PCI addresses."),
         key("cpus", Cpus, Is("\"auto\""), "auto: on CPU an equal share of the cores, with GPUs those of their NUMA nodes. Or a list of cores. all (GPUs only): not confined."),

@@ -18,7 +18,7 @@ use super::value::{
     role, size, string, wrong,
 };
 use super::{
-    Capacity, CpuRequest, Device, GpuRequest, HugepageRequest, KvReady, KvSettings, ModelRef, NodeSettings,
+    Capacity, CpuRequest, Device, GpuRequest, HugepageRequest, KvReady, KvSettings, ModelRef, NodeModel, NodeSettings,
     NumaRequest, RouterSettings, RuntimeSettings, Secrets, SupervisorSettings, TlsFiles, Topology,
 };
 use crate::fleet::{DEFAULT_POOL, Role};
@@ -48,7 +48,7 @@ pub(super) fn topology(document: &DeTable<'_>, findings: &mut Findings<'_>) -> T
         "`model = \"owner/name\"`, a directory or \"builtin:tiny\"",
     );
     let model_text = model.unwrap_or_default();
-    let model = model_ref(&model_text, &base, top.findings);
+    let model = model_ref(&model_text, "model", &base, top.findings);
     let served_model_name = top
         .get("served_model_name", non_empty)
         .unwrap_or_else(|| last_component(&model_text));
@@ -58,6 +58,15 @@ pub(super) fn topology(document: &DeTable<'_>, findings: &mut Findings<'_>) -> T
             Device::Cuda => 16,
             Device::Cpu => 32,
         });
+    let main = NodeModel {
+        model,
+        served_name: served_model_name,
+    };
+    let nodes = nodes(&mut top, device, &base, &main);
+    let NodeModel {
+        model,
+        served_name: served_model_name,
+    } = main;
     Topology {
         name: top.get("name", string).unwrap_or_else(|| stem_name(&file)),
         device,
@@ -70,13 +79,13 @@ pub(super) fn topology(document: &DeTable<'_>, findings: &mut Findings<'_>) -> T
         kv: kv(&mut top, device),
         router: router(&mut top, &base),
         supervisor: supervisor(&mut top),
-        nodes: nodes(&mut top, device),
+        nodes,
         source: top.findings.source.clone(),
         secrets: Secrets::default(),
     }
 }
 
-fn model_ref(text: &str, base: &Path, findings: &mut Findings<'_>) -> ModelRef {
+fn model_ref(text: &str, key: &str, base: &Path, findings: &mut Findings<'_>) -> ModelRef {
     let is_id_part = |part: &str| {
         !part.is_empty()
             && part
@@ -90,13 +99,13 @@ fn model_ref(text: &str, base: &Path, findings: &mut Findings<'_>) -> ModelRef {
         return ModelRef::Path(base.join(text));
     }
     let parts: Vec<&str> = text.split('/').collect();
-    if (parts.len() > 2 || !parts.iter().all(|part| is_id_part(part))) && !findings.is_bad("model")
+    if (parts.len() > 2 || !parts.iter().all(|part| is_id_part(part))) && !findings.is_bad(key)
     {
         let found = format!("{text:?}");
         let instead = "a Hugging Face id like \"Qwen/Qwen3-8B\", a directory that begins with \
                        \"/\" or \"./\", or \"builtin:tiny\"";
         findings.add(
-            "model",
+            key,
             ProblemKind::BadValue {
                 found,
                 instead: instead.to_owned(),
@@ -308,7 +317,12 @@ fn cgroup(value: &DeValue<'_>) -> Result<CgroupRequest, ProblemKind> {
     one_of(value, &[("auto", Auto), ("off", Off), ("require", Require)])
 }
 
-fn nodes(top: &mut Section<'_, '_, '_, '_>, device: Device) -> Vec<NodeSettings> {
+fn nodes(
+    top: &mut Section<'_, '_, '_, '_>,
+    device: Device,
+    base: &Path,
+    main: &NodeModel,
+) -> Vec<NodeSettings> {
     const INSTEAD: &str = "at least one [[node]] with its role";
     let items = match top.raw("node") {
         Some(DeValue::Array(items)) if !items.is_empty() => items,
@@ -328,7 +342,7 @@ fn nodes(top: &mut Section<'_, '_, '_, '_>, device: Device) -> Vec<NodeSettings>
         match item.get_ref() {
             DeValue::Table(table) => {
                 let section = Section::new(table, path, &keys::NODE, top.findings);
-                nodes.push(node(section, device));
+                nodes.push(node(section, device, base, main));
             }
             other => top
                 .findings
@@ -338,7 +352,37 @@ fn nodes(top: &mut Section<'_, '_, '_, '_>, device: Device) -> Vec<NodeSettings>
     nodes
 }
 
-fn node(mut section: Section<'_, '_, '_, '_>, device: Device) -> NodeSettings {
+/// What is not written is the topology's.
+fn node_model(
+    section: &mut Section<'_, '_, '_, '_>,
+    base: &Path,
+    main: &NodeModel,
+) -> Option<NodeModel> {
+    let key = join(&section.path, "model");
+    let text = section.get("model", non_empty);
+    let name = section.get("served_model_name", non_empty);
+    let own = text.map(|text| NodeModel {
+        model: model_ref(&text, &key, base, section.findings),
+        served_name: last_component(&text),
+    });
+    match (own, name) {
+        (None, None) => None,
+        (own, name) => {
+            let own = own.unwrap_or_else(|| main.clone());
+            Some(NodeModel {
+                served_name: name.unwrap_or(own.served_name),
+                model: own.model,
+            })
+        }
+    }
+}
+
+fn node(
+    mut section: Section<'_, '_, '_, '_>,
+    device: Device,
+    base: &Path,
+    main: &NodeModel,
+) -> NodeSettings {
     if !section.has("role") {
         section.missing("role", "`role = \"prefill\"`, \"decode\" or \"unified\"");
     }
@@ -365,6 +409,7 @@ fn node(mut section: Section<'_, '_, '_, '_>, device: Device) -> NodeSettings {
             .get("pool", string)
             .unwrap_or_else(|| DEFAULT_POOL.to_owned()),
         url: section.get("url", node_url),
+        model: node_model(&mut section, base, main),
         count: section.get("count", integer(1..=64)).unwrap_or(1),
         gpus,
         cpus: section.get("cpus", cpus).unwrap_or(CpuRequest::Auto),

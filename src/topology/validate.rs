@@ -9,6 +9,7 @@ use super::problem::{Findings, ProblemKind};
 use super::{Capacity, CpuRequest, Device, GpuRequest, NodeSettings, Topology};
 use crate::fleet::Role;
 
+mod models;
 mod others;
 mod router;
 
@@ -36,6 +37,7 @@ pub(super) fn validate(topology: &Topology, findings: &mut Findings<'_>) {
         env(&at, node, findings);
     }
     others::some_own(topology, findings);
+    models::names(topology, findings);
     roles(topology, findings);
     sharing(topology, findings);
 }
@@ -323,6 +325,7 @@ fn sharing(topology: &Topology, findings: &mut Findings<'_>) {
     for mut pool in pools(topology) {
         others::apart(&pool, findings);
         pool.retain(|(_, node)| node.is_own());
+        models::one_in_each_pool(topology, &pool, findings);
         agreeing(&pool, findings);
     }
 }

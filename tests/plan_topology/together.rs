@@ -231,3 +231,42 @@ fn what_the_router_shows_to_clients_is_whole_and_apart_from_its_figures() {
     assert_eq!(key, "router.cors_origins[1]");
     assert!(matches!(kind, Kind::BadValue { .. }), "{kind:?}");
 }
+
+#[test]
+fn each_pool_has_one_model_and_each_name_means_one() {
+    let pair = |pool: &str, p: &str, d: &str| {
+        let node = |role: &str, rest: &str| {
+            format!("[[node]]\nname = \"{role}-{pool}\"\nrole = \"{role}\"\npool = \"{pool}\"\n{rest}")
+        };
+        node("prefill", p) + &node("decode", d)
+    };
+    let other = "model = \"owner/other\"\n";
+    let text = cuda(&[pair("a", "", ""), pair("b", other, other)].concat());
+    let topology = Topology::parse(&text, Path::new("t.toml")).unwrap();
+    let names: Vec<_> = topology.served_names().into_iter().collect();
+    assert_eq!(names, ["name", "other"]);
+    assert_eq!(topology.other_models().len(), 1);
+    assert_eq!(topology.served_by(&topology.nodes[3]), "other");
+
+    let (.., key, kind) = one(&cuda(&pair("a", "", other)));
+    assert_eq!(key, "node[1].model");
+    assert!(matches!(kind, Kind::Conflict { with, .. } if with.contains("node[0]")));
+    let named = "served_model_name = \"big\"\n";
+    let (.., key, kind) = one(&cuda(&pair("a", named, "")));
+    assert_eq!(key, "node[1].name");
+    assert!(matches!(kind, Kind::Conflict { .. }), "{kind:?}");
+    let topology = Topology::parse(&cuda(&pair("a", named, named)), Path::new("t.toml")).unwrap();
+    assert_eq!(topology.served_by(&topology.nodes[0]), "big");
+    assert!(topology.other_models().is_empty());
+
+    let same = "model = \"else/name\"\n";
+    let problems = problems(&cuda(&[pair("a", "", ""), pair("b", same, same)].concat()));
+    assert_eq!(problems.len(), 2, "{problems:#?}");
+    for (_, _, key, kind) in problems {
+        assert!(key.ends_with(".model"), "{key}");
+        assert!(matches!(kind, Kind::Conflict { instead, .. } if instead.contains("served_model_name")));
+    }
+    let (.., key, kind) = one(&unified("model = \"a/b/c\"\n"));
+    assert_eq!(key, "node[0].model");
+    assert!(matches!(kind, Kind::BadValue { .. }), "{kind:?}");
+}

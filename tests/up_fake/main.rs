@@ -23,6 +23,7 @@ mod init;
 mod interrupted;
 mod kills;
 mod leaving;
+mod models;
 mod orders;
 mod orphans;
 mod others;

@@ -52,7 +52,7 @@ fn on(
     };
     let nodes = std::slice::from_ref(node);
     let on = (&replicas_of(nodes)[..], &[placement][..]);
-    let estimate = estimate(&topology(top), model, on, &host, &mut found);
+    let estimate = estimate(&topology(top), |_| model, on, &host, &mut found);
     (estimate[0], found.problems(), found.has_warnings())
 }
 

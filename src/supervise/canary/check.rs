@@ -107,6 +107,8 @@ pub struct Check<'a> {
     pub client: &'a NodeClient,
     pub board: &'a HandoffBoard,
     pub traffic: &'a Traffic,
+    /// What both serve.
+    pub model: Option<&'a str>,
     pub prefill: (&'a NodeId, SocketAddr),
     pub decode: (&'a NodeId, SocketAddr),
 }
@@ -179,7 +181,7 @@ impl Check<'_> {
 
     fn body(&self, prompt: &[u32], salt: &HandoffId) -> Value {
         json!({
-            "model": self.plan.served_model,
+            "model": self.model,
             "prompt": prompt,
             "max_tokens": TOKENS,
             "ignore_eos": true,

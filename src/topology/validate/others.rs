@@ -3,7 +3,9 @@
 use super::{At, Findings, NodeSettings, ProblemKind, Topology};
 
 /// What pegaflow decides for the nodes that it starts.
-const OWN_ONLY: [&str; 11] = [
+const OWN_ONLY: [&str; 13] = [
+    "model",
+    "served_model_name",
     "count",
     "gpus",
     "cpus",

@@ -24,25 +24,31 @@ fn aliases(topology: &Topology, findings: &mut Findings<'_>) {
     if findings.is_bad("served_model_name") || findings.is_bad("model") {
         return;
     }
-    let served = &topology.served_model_name;
+    let served = topology.served_names();
     for (alias, model) in &topology.router.aliases {
         let key = format!("router.aliases.{alias}");
         if alias.trim().is_empty() {
             findings.add("router.aliases", bad("a name without letters", "a name for a model"));
-        } else if alias == served {
+        } else if served.contains(alias.as_str()) {
             let conflict = ProblemKind::Conflict {
-                with: format!("`served_model_name = {served:?}`"),
-                instead: "leave it out: that is the model's own name".to_owned(),
+                with: format!("the model that is served as {alias:?}"),
+                instead: "leave it out: that is a model's own name".to_owned(),
             };
             findings.add_at_key(&key, conflict);
-        } else if model != served {
+        } else if !served.contains(model.as_str()) && !serve_more(topology) {
+            let known: Vec<_> = served.iter().map(|name| format!("{name:?}")).collect();
             let conflict = ProblemKind::Conflict {
                 with: "the models here".to_owned(),
-                instead: format!("{model:?} is none of them; write {served:?}"),
+                instead: format!("{model:?} is none of them; write {}", known.join(" or ")),
             };
             findings.add(&key, conflict);
         }
     }
+}
+
+/// What nodes of others serve, they say when they are asked.
+fn serve_more(topology: &Topology) -> bool {
+    topology.nodes.iter().any(|node| !node.is_own())
 }
 
 /// As a browser writes it: a scheme, a host, perhaps a port.

@@ -164,7 +164,6 @@ impl Pair {
         }
         let canary = Canary {
             plan: CanaryPlan {
-                served_model: "m".into(),
                 block_size: BLOCK,
                 tolerance: 0.0,
                 deadline: LIMIT,
