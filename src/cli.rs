@@ -5,6 +5,7 @@ mod client;
 mod completions;
 mod detach;
 mod doctor;
+mod engine;
 mod exit;
 mod init;
 mod kv;
@@ -54,7 +55,9 @@ enum Command {
     /// background.
     Up(detach::UpArgs),
     /// Serve one endpoint in front of vLLM nodes that others started, and start none.
-    Router(Box<router::RouterArgs>),
+    Router(router::RouterArgs),
+    /// Keep the store alone, for vLLM nodes with pegaflow's shim that others start on this machine.
+    Engine(engine::EngineArgs),
     /// Install the runtime and fetch the model that a topology needs, and stop there.
     Prepare(Target),
     /// Show what `up` would run here, and start nothing: GPUs, cores, memory, command lines.
@@ -114,6 +117,10 @@ pub fn main() -> ExitCode {
         Command::Router(args) => {
             let format = args.log_format;
             seated(here(format), |seat| router::router(seat, *args))
+        }
+        Command::Engine(args) => {
+            let format = args.log_format;
+            seated(here(format), |seat| engine::engine(seat, args))
         }
         Command::Prepare(target) => run(&target, here(target.log_format), prepare::prepare),
         Command::Status(args) => ended(converse(status::status(args))),

@@ -63,6 +63,7 @@ pub use error::RouterError;
 pub use keys::{ApiKeys, KeysError, KeysSource};
 pub use legs::LegError;
 pub use metrics::RouterMetrics;
+pub use private_file::read_private;
 pub use tls::{Tls, TlsError};
 
 /// What the router needs from the rest of the program.

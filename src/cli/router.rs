@@ -129,7 +129,7 @@ fn duration_or_zero(text: &str) -> Result<Duration, String> {
     }
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     match duration_or_zero(text)? {
         Duration::ZERO => Err("it must be above zero".to_owned()),
         duration => Ok(duration),
@@ -152,7 +152,7 @@ fn origin(text: &str) -> Result<String, String> {
     }
 }
 
-fn size(text: &str) -> Result<usize, String> {
+pub(super) fn size(text: &str) -> Result<usize, String> {
     match text.parse::<ByteSize>() {
         Ok(ByteSize(bytes)) if bytes > 0 => Ok(usize::try_from(bytes).unwrap_or(usize::MAX)),
         _ => Err("write a size, like 64MiB".to_owned()),
@@ -160,7 +160,7 @@ fn size(text: &str) -> Result<usize, String> {
 }
 
 /// As many as `[router]` allows.
-fn count(least: usize) -> impl Fn(&str) -> Result<usize, String> + Clone {
+pub(super) fn count(least: usize) -> impl Fn(&str) -> Result<usize, String> + Clone {
     move |text| match text.parse() {
         Ok(count) if (least..=1_000_000).contains(&count) => Ok(count),
         _ => Err(format!("write a number from {least} to 1000000")),

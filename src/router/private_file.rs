@@ -28,7 +28,7 @@ pub(super) fn read_open(file: &Path) -> io::Result<String> {
 }
 
 /// The text of a file that other users of the machine may not even read.
-pub(super) fn read_private(file: &Path) -> io::Result<String> {
+pub fn read_private(file: &Path) -> io::Result<String> {
     read(file, OTHERS)
 }
 
