@@ -9,16 +9,19 @@ pub(super) enum Verdict {
     Unsupported { reason: &'static str },
     /// Refused with a value above 1.
     OneOnly { reason: &'static str },
+    /// Refused on nodes that share KV.
+    UnifiedOnly { reason: &'static str },
 }
 
-use Verdict::{OneOnly, Owned, Unsupported};
+use Verdict::{OneOnly, Owned, UnifiedOnly, Unsupported};
 
 const SPLIT_WORLD: &str =
     "pegaflow pins and pairs nodes itself; write more nodes (`count`) or `tensor_parallel`";
 const ADDRESS: &str = "pegaflow's router and probes speak plain HTTP to it on loopback";
 const KV: &str = "leave it out: pegaflow configures the connector, its store is sized in [kv]";
 
-const LORA: &str = "the store does not tell adapters apart yet; merge the adapter into the model";
+const LORA: &str = "that a node loads no other adapter's KV is not proven yet; merge the adapter into the model, or \
+     serve it from a node with `role = \"unified\"`";
 
 const FLAGS: &[(&str, Verdict)] = &[
     (
@@ -214,8 +217,8 @@ const FLAGS: &[(&str, Verdict)] = &[
             reason: "pegaflow gives its nodes a key of their own; write `api_keys` in [router] for clients",
         },
     ),
-    ("--enable-lora", Unsupported { reason: LORA }),
-    ("--lora-modules", Unsupported { reason: LORA }),
+    ("--enable-lora", UnifiedOnly { reason: LORA }),
+    ("--lora-modules", UnifiedOnly { reason: LORA }),
     (
         "--revision",
         Unsupported {

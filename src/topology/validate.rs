@@ -246,7 +246,10 @@ fn args(at: &At, node: &NodeSettings, findings: &mut Findings<'_>) {
                 flag: name,
                 instead,
             },
-            Verdict::Unsupported { reason } | Verdict::OneOnly { reason } => {
+            Verdict::UnifiedOnly { .. } if !node.shares_kv() => continue,
+            Verdict::Unsupported { reason }
+            | Verdict::OneOnly { reason }
+            | Verdict::UnifiedOnly { reason } => {
                 ProblemKind::UnsupportedFlag { flag: name, reason }
             }
         };

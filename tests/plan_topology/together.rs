@@ -270,3 +270,15 @@ fn each_pool_has_one_model_and_each_name_means_one() {
     assert_eq!(key, "node[0].model");
     assert!(matches!(kind, Kind::BadValue { .. }), "{kind:?}");
 }
+
+#[test]
+fn adapters_are_for_nodes_that_share_no_kv() {
+    let args = "args = [\"--enable-lora\", \"--lora-modules\", \"sql=/adapters/sql\"]\n";
+    Topology::parse(&unified(args), Path::new("t.toml")).unwrap();
+    let problems = problems(&cuda(&format!("{PD}{args}")));
+    let keys: Vec<_> = problems.iter().map(|problem| problem.2.as_str()).collect();
+    assert_eq!(keys, ["node[1].args[0]", "node[1].args[1]"]);
+    for (.., kind) in problems {
+        assert!(matches!(kind, Kind::UnsupportedFlag { reason, .. } if reason.contains("unified")));
+    }
+}

@@ -1,6 +1,6 @@
 //! `[router]`: what its keys may hold, and what goes together.
 
-use super::{Findings, ProblemKind, Topology, bad};
+use super::{Findings, NodeSettings, ProblemKind, Topology, bad};
 
 pub(super) fn router(topology: &Topology, findings: &mut Findings<'_>) {
     let settings = &topology.router;
@@ -46,9 +46,10 @@ fn aliases(topology: &Topology, findings: &mut Findings<'_>) {
     }
 }
 
-/// What nodes of others serve, they say when they are asked.
+/// What nodes of others serve, and adapters, nodes say when they are asked.
 fn serve_more(topology: &Topology) -> bool {
-    topology.nodes.iter().any(|node| !node.is_own())
+    let more = |node: &NodeSettings| !node.is_own() || node.flag("--lora-modules").is_some();
+    topology.nodes.iter().any(more)
 }
 
 /// As a browser writes it: a scheme, a host, perhaps a port.
