@@ -55,7 +55,7 @@ enum Command {
     /// background.
     Up(detach::UpArgs),
     /// Serve one endpoint in front of vLLM nodes that others started, and start none.
-    Router(router::RouterArgs),
+    Router(Box<router::RouterArgs>),
     /// Keep the store alone, for vLLM nodes with pegaflow's shim that others start on this machine.
     Engine(engine::EngineArgs),
     /// Install the runtime and fetch the model that a topology needs, and stop there.

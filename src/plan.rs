@@ -240,7 +240,10 @@ impl Plan {
 
     /// What clients may write in `model`, without adapters and aliases.
     pub fn served_names(&self) -> BTreeSet<&str> {
-        self.nodes.iter().map(|node| node.served_model.as_str()).collect()
+        self.nodes
+            .iter()
+            .map(|node| node.served_model.as_str())
+            .collect()
     }
 
     /// A table of the nodes, without secrets.

@@ -178,7 +178,8 @@ impl Context {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         Ok(Self {
             admission: admission::Admission::new(&deps.plan, &deps.metrics),
-            client: legs::Client::new(&deps.plan, deps.node_key.as_ref()).map_err(RouterError::Client)?,
+            client: legs::Client::new(&deps.plan, deps.node_key.as_ref())
+                .map_err(RouterError::Client)?,
             background: TaskTracker::new(),
             stop: CancellationToken::new(),
             draining: shutdown.graceful().clone(),

@@ -74,7 +74,11 @@ async fn start(mut command: Command) -> Process {
     let stdout = BufReader::new(child.stdout.take().unwrap());
     let first = tokio::task::spawn_blocking(move || stdout.lines().next().and_then(Result::ok));
     let first = soon("the engine to listen", first).await.unwrap();
-    assert!(first.unwrap_or_default().starts_with("pegaflow engine listens at "));
+    assert!(
+        first
+            .unwrap_or_default()
+            .starts_with("pegaflow engine listens at ")
+    );
     Process(child)
 }
 
@@ -132,7 +136,14 @@ fn node(socket: &Path, name: &str) -> (Process, String) {
     let port = probe.local_addr().unwrap().port();
     drop(probe);
     let child = Command::new(program)
-        .args(["serve", "m", "--served-model-name", "tiny", "--block-size", "32"])
+        .args([
+            "serve",
+            "m",
+            "--served-model-name",
+            "tiny",
+            "--block-size",
+            "32",
+        ])
         .args(["--kv-transfer-config", "{}", "--port"])
         .arg(port.to_string())
         .env("PEGAFLOW_KV_SOCKET", socket)
@@ -158,15 +169,37 @@ async fn nodes_of_others_hand_off_through_it_behind_the_router_alone() {
     let prompt: Vec<u32> = (0..100).map(|id| id * 31 + 7).collect();
     let body = json!({"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0});
     let figure = async || {
-        let text = reqwest::get(format!("{d}/metrics")).await.unwrap().text().await.unwrap();
-        let line = text.lines().find(|line| line.starts_with("vllm:external_prefix_cache_hits_total{"));
-        line.unwrap().rsplit(' ').next().unwrap().parse::<f64>().unwrap()
+        let text = reqwest::get(format!("{d}/metrics"))
+            .await
+            .unwrap()
+            .text()
+            .await
+            .unwrap();
+        let line = text
+            .lines()
+            .find(|line| line.starts_with("vllm:external_prefix_cache_hits_total{"));
+        line.unwrap()
+            .rsplit(' ')
+            .next()
+            .unwrap()
+            .parse::<f64>()
+            .unwrap()
     };
     let got = router.complete(&body).await;
     assert_eq!(got.status, 200, "{}", got.text);
-    assert_eq!(figure().await, 96.0, "decode loads the three full blocks that prefill saved");
-    let alone = reqwest::Client::new().post(format!("{d}/v1/completions")).body(body.to_string());
-    let alone: Value = serde_json::from_str(&alone.send().await.unwrap().text().await.unwrap()).unwrap();
-    assert_eq!(got.json()["choices"][0]["text"], alone["choices"][0]["text"]);
+    assert_eq!(
+        figure().await,
+        96.0,
+        "decode loads the three full blocks that prefill saved"
+    );
+    let alone = reqwest::Client::new()
+        .post(format!("{d}/v1/completions"))
+        .body(body.to_string());
+    let alone: Value =
+        serde_json::from_str(&alone.send().await.unwrap().text().await.unwrap()).unwrap();
+    assert_eq!(
+        got.json()["choices"][0]["text"],
+        alone["choices"][0]["text"]
+    );
     router.stop().await;
 }

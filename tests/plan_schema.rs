@@ -295,6 +295,8 @@ const VALUES: &[&str] = &[
     "'unified'",
     "'bfloat16'",
     "'half'",
+    "'reply'",
+    "'callback'",
     "'int4'",
     "'builtin:tiny'",
     "'builtin:huge'",

@@ -55,7 +55,8 @@ fn ask(rig: &Rig) -> reqwest::RequestBuilder {
 }
 
 async fn announce(rig: &Rig, key: &str, said: &Value) -> Got {
-    rig.send(rig.request("/kv_ready", said).bearer_auth(key)).await
+    rig.send(rig.request("/kv_ready", said).bearer_auth(key))
+        .await
 }
 
 /// The hand-off that the prefill node was asked for.
@@ -89,11 +90,24 @@ async fn decode_waits_for_the_word_of_a_node_with_the_admin_key() {
     let said = json!({"handoff": id});
     for wrong in ["", CLIENT, "nonsense"] {
         let got = announce(&rig, wrong, &said).await;
-        assert_eq!((got.status, &got.json()["error"]["code"]), (401, &json!("invalid_admin_key")));
+        assert_eq!(
+            (got.status, &got.json()["error"]["code"]),
+            (401, &json!("invalid_admin_key"))
+        );
     }
     // What is said of others changes nothing, and is no error.
-    assert_eq!(announce(&rig, ADMIN, &json!({"handoff": "unknown"})).await.status, 204);
-    for broken in [json!([]), json!({}), json!({"handoff": 5}), json!({"handoff": "a".repeat(9000)})] {
+    assert_eq!(
+        announce(&rig, ADMIN, &json!({"handoff": "unknown"}))
+            .await
+            .status,
+        204
+    );
+    for broken in [
+        json!([]),
+        json!({}),
+        json!({"handoff": 5}),
+        json!({"handoff": "a".repeat(9000)}),
+    ] {
         assert_eq!(announce(&rig, ADMIN, &broken).await.status, 400);
     }
     // Long after P's reply, decode still waits.
@@ -101,11 +115,19 @@ async fn decode_waits_for_the_word_of_a_node_with_the_admin_key() {
     assert!(d.seen().is_empty() && !answer.is_finished());
 
     assert_eq!(announce(&rig, ADMIN, &said).await.status, 204);
-    assert_eq!(soon("an answer", answer).await.unwrap().unwrap().status(), 200);
+    assert_eq!(
+        soon("an answer", answer).await.unwrap().unwrap().status(),
+        200
+    );
     assert_eq!(d.seen()[0].mark()["handoff"], id.as_str());
-    assert_eq!(figure(&rig, "pegaflow_router_handoff_wait_seconds_count").await, 1.0);
+    assert_eq!(
+        figure(&rig, "pegaflow_router_handoff_wait_seconds_count").await,
+        1.0
+    );
     // The admin key is no client's.
-    let as_client = rig.send(rig.http.get(rig.url("/v1/models")).bearer_auth(ADMIN)).await;
+    let as_client = rig
+        .send(rig.http.get(rig.url("/v1/models")).bearer_auth(ADMIN))
+        .await;
     assert_eq!(as_client.status, 401);
     end(rig).await;
 }
@@ -117,13 +139,20 @@ async fn a_failure_that_is_announced_or_silence_lets_decode_compute() {
     let answer = tokio::spawn(ask(&rig).send());
     let said = json!({"handoff": handoff(&p).await, "failed": "no_space"});
     assert_eq!(announce(&rig, ADMIN, &said).await.status, 204);
-    assert_eq!(soon("an answer", answer).await.unwrap().unwrap().status(), 200);
+    assert_eq!(
+        soon("an answer", answer).await.unwrap().unwrap().status(),
+        200
+    );
     let counted = "pegaflow_router_fallbacks_total{reason=\"no_space\"}";
     assert_eq!(figure(&rig, counted).await, 1.0);
 
     let began = Instant::now();
     assert_eq!(rig.send(ask(&rig)).await.status, 200);
-    assert!(began.elapsed() > Duration::from_secs(4), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() > Duration::from_secs(4),
+        "{:?}",
+        began.elapsed()
+    );
     let counted = "pegaflow_router_fallbacks_total{reason=\"not_opened\"}";
     assert_eq!(figure(&rig, counted).await, 1.0);
     assert_eq!(d.seen().len(), 2);
@@ -134,7 +163,10 @@ async fn a_failure_that_is_announced_or_silence_lets_decode_compute() {
 async fn without_an_admin_key_there_is_no_such_path() {
     let (_p, _d, rig) = pair(plan()).await;
     let got = announce(&rig, "anything", &json!({"handoff": "a"})).await;
-    assert_eq!((got.status, &got.json()["error"]["code"]), (404, &json!("not_found")));
+    assert_eq!(
+        (got.status, &got.json()["error"]["code"]),
+        (404, &json!("not_found"))
+    );
     rig.finish().await;
 
     // Their reply is the sign then, as without a callback.

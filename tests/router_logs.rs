@@ -35,7 +35,9 @@ async fn logged(answer: Answer, keys: bool) -> String {
         flags.extend(["--api-keys", file.to_str().unwrap()]);
     }
     let (mut command, port) = router_command(&flags);
-    command.env("PEGAFLOW_LOG", "trace").stderr(File::create(&log).unwrap());
+    command
+        .env("PEGAFLOW_LOG", "trace")
+        .stderr(File::create(&log).unwrap());
     let router = RouterProcess::launch(command, port).await;
     let key = if keys { OUR_KEY } else { THEIR_KEY };
     soon("ready nodes", async {
@@ -59,13 +61,23 @@ async fn logged(answer: Answer, keys: bool) -> String {
                 "messages": [{"role": "user", "content": PROMPT}],
             });
             let request = router.post(path, &body).header("x-whatever", PROMPT);
-            let key = if wrong_key { "wrong-key-whispered-prompt" } else { key };
+            let key = if wrong_key {
+                "wrong-key-whispered-prompt"
+            } else {
+                key
+            };
             // However it ends.
-            let _ = soon("an answer", async { request.bearer_auth(key).send().await?.bytes().await }).await;
+            let _ = soon("an answer", async {
+                request.bearer_auth(key).send().await?.bytes().await
+            })
+            .await;
         }
     }
     let broken = format!("{{\"prompt\": \"{PROMPT}\", \"messages\" {PROMPT}");
-    let request = router.post("/v1/completions", &json!(null)).bearer_auth(key).body(broken);
+    let request = router
+        .post("/v1/completions", &json!(null))
+        .bearer_auth(key)
+        .body(broken);
     assert_eq!(router.send(request).await.status, 400);
     router.stop().await;
     fs::read_to_string(log).unwrap()

@@ -28,13 +28,20 @@ async fn two_models() -> Models {
         ("llama-p", Role::Prefill),
         ("llama-d", Role::Decode),
     ] {
-        let kv = if role == Role::Prefill { Kv::Settle(READY) } else { Kv::Nothing };
+        let kv = if role == Role::Prefill {
+            Kv::Settle(READY)
+        } else {
+            Kv::Nothing
+        };
         nodes.push((name, Fake::always(&board, kv, Answer::Tokens).await, role));
     }
     let mut plan = plan();
     plan.aliases = [("gpt-4o".to_owned(), "qwen".to_owned())].into();
     plan.queue_timeout = std::time::Duration::from_millis(300);
-    let views: Vec<_> = nodes.iter().map(|(name, node, role)| (*name, *role, node.addr)).collect();
+    let views: Vec<_> = nodes
+        .iter()
+        .map(|(name, node, role)| (*name, *role, node.addr))
+        .collect();
     let rig = Rig::start(&board, plan, &views).await;
     for (name, ..) in &nodes {
         rig.fleet.update(&(*name).into(), |node| {
@@ -44,7 +51,10 @@ async fn two_models() -> Models {
             node.models = [model.to_owned()].into_iter().chain(adapter).collect();
         });
     }
-    let nodes = nodes.into_iter().map(|(name, node, _)| (name, node)).collect();
+    let nodes = nodes
+        .into_iter()
+        .map(|(name, node, _)| (name, node))
+        .collect();
     Models { nodes, rig }
 }
 
@@ -55,7 +65,10 @@ impl Models {
     }
 
     fn counts(&self) -> Vec<usize> {
-        self.nodes.iter().map(|(_, node)| node.seen().len()).collect()
+        self.nodes
+            .iter()
+            .map(|(_, node)| node.seen().len())
+            .collect()
     }
 
     async fn post(&self, path: &str, body: &Value) -> Got {
@@ -66,9 +79,14 @@ impl Models {
 #[tokio::test]
 async fn both_legs_go_to_nodes_of_the_model_by_its_own_name() {
     let models = two_models().await;
-    for (asked, served, number) in [("qwen", "qwen", 1), ("gpt-4o", "qwen", 2), ("qwen-sql", "qwen-sql", 3)] {
+    for (asked, served, number) in [
+        ("qwen", "qwen", 1),
+        ("gpt-4o", "qwen", 2),
+        ("qwen-sql", "qwen-sql", 3),
+    ] {
         for stream in [false, true] {
-            let body = json!({"model": asked, "prompt": "a", "max_tokens": 8, "stream": stream, "tag": 1});
+            let body =
+                json!({"model": asked, "prompt": "a", "max_tokens": 8, "stream": stream, "tag": 1});
             let got = models.post("/v1/completions", &body).await;
             assert_eq!(got.status, 200, "{}", got.text);
         }
@@ -97,25 +115,44 @@ async fn both_legs_go_to_nodes_of_the_model_by_its_own_name() {
 #[tokio::test]
 async fn a_model_that_is_not_here_costs_no_prefill() {
     let models = two_models().await;
-    for path in ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"] {
+    for path in [
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/responses",
+        "/v1/messages",
+    ] {
         let mut body = json!({"model": "mistral", "prompt": "a", "messages": [], "tag": 1});
         let got = models.post(path, &body).await;
-        assert_eq!((got.status, &got.json()["error"]["code"]), (404, &json!("model_not_found")));
+        assert_eq!(
+            (got.status, &got.json()["error"]["code"]),
+            (404, &json!("model_not_found"))
+        );
         for known in ["`gpt-4o`", "`llama`", "`qwen`", "`qwen-sql`"] {
             assert!(got.text.contains(known), "{}", got.text);
         }
         body.as_object_mut().unwrap().remove("model");
         let got = models.post(path, &body).await;
-        assert_eq!((got.status, &got.json()["error"]["code"]), (400, &json!("model_required")));
+        assert_eq!(
+            (got.status, &got.json()["error"]["code"]),
+            (400, &json!("model_required"))
+        );
         assert!(got.text.contains("`llama`"), "{}", got.text);
     }
     assert_eq!(models.counts(), [0; 4]);
 
     let list = models.rig.get("/v1/models").await.json();
-    let names: Vec<_> = list["data"].as_array().unwrap().iter().map(|model| &model["id"]).collect();
+    let names: Vec<_> = list["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|model| &model["id"])
+        .collect();
     assert_eq!(names, ["gpt-4o", "llama", "qwen", "qwen-sql"]);
     assert_eq!(list["data"][0]["root"], "qwen");
-    assert_eq!(models.rig.get("/v1/models/gpt-4o").await.json()["id"], "gpt-4o");
+    assert_eq!(
+        models.rig.get("/v1/models/gpt-4o").await.json()["id"],
+        "gpt-4o"
+    );
     assert_eq!(models.rig.get("/v1/models/mistral").await.status, 404);
     models.rig.finish().await;
 }
@@ -130,7 +167,10 @@ async fn nodes_of_another_model_do_not_stand_in() {
     assert!(models.seen("llama-d")[0].mark()["handoff"].is_null());
     models.rig.set("llama-d", Phase::CrashLoop);
     let got = models.post("/v1/completions", &body).await;
-    assert_eq!((got.status, &got.json()["error"]["code"]), (503, &json!("no_ready_node")));
+    assert_eq!(
+        (got.status, &got.json()["error"]["code"]),
+        (503, &json!("no_ready_node"))
+    );
     assert_eq!(models.counts(), [0, 0, 0, 1]);
     models.rig.finish().await;
 }

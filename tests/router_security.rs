@@ -156,7 +156,10 @@ async fn the_key_of_this_run_is_shown_to_its_own_nodes_alone() {
     let shown = format!("Bearer {}", key.reveal());
     let body = json!({"prompt": "a", "max_tokens": 8, "tag": 1});
     let ask = |path: &str| {
-        let request = rig.request(path, &body).bearer_auth("a-clients").header("x-api-key", "a-clients");
+        let request = rig
+            .request(path, &body)
+            .bearer_auth("a-clients")
+            .header("x-api-key", "a-clients");
         rig.send(request)
     };
     for path in ["/v1/completions", "/v1/embeddings"] {
@@ -169,9 +172,17 @@ async fn the_key_of_this_run_is_shown_to_its_own_nodes_alone() {
 
     // Unified, too: it takes no part in hand-offs, and is no more ours for that.
     let other = Fake::always(&board, Kv::Nothing, Answer::Tokens).await;
-    let rig = Rig::keyed(&board, plan(), &[("u", Role::Unified, other.addr)], Some(key)).await;
+    let rig = Rig::keyed(
+        &board,
+        plan(),
+        &[("u", Role::Unified, other.addr)],
+        Some(key),
+    )
+    .await;
     rig.fleet.update(&"u".into(), |node| node.external = true);
-    let request = rig.request("/v1/completions", &body).bearer_auth("a-clients");
+    let request = rig
+        .request("/v1/completions", &body)
+        .bearer_auth("a-clients");
     assert_eq!(rig.send(request).await.status, 200);
     assert_eq!(other.seen()[0].headers["authorization"], "Bearer a-clients");
     rig.finish().await;

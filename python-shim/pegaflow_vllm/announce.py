@@ -4,8 +4,8 @@
        |          |           |
        +----------+-----------+-- failed ----------------------> "failed"
 
-For prefill nodes that pegaflow did not start; about its own the engine speaks to the router itself. A chunk that another
-request is writing is not waited for here; decode finds it pending, and waits for that.
+For prefill nodes that pegaflow did not start; about its own the engine speaks to the router itself. A chunk that
+another request is writing is not waited for here; decode finds it pending, and waits for that.
 
 Nothing here may hold up the scheduler: words are queued for a thread, and dropped when it does not keep up. Who
 waits for a word that does not come has a deadline.

@@ -346,3 +346,50 @@ def test_a_cache_reset_ends_the_leases_of_dropped_loads(manager, client):
     manager.prepare_load(KEYS, ctx)
     manager.reset_cache()
     assert client.sent == [Release(request="r1")]
+
+
+def test_a_router_is_told_when_all_that_was_granted_is_stored(client, clock):
+    told = []
+    manager = Manager(client, clock, say=lambda handoff, failed: told.append((handoff, failed)))
+    ctx = start(manager, "prefill", client)
+    client.grant = Granted(seq=1, ok=True, new=np.array([0, 2], "<u4").tobytes(), refs=ref(1) + ref(2))
+    manager.prepare_store(KEYS, ctx)
+    manager.seal("r1")
+    manager.on_request_finished(ctx)
+    assert told == []
+    manager.complete_store([KEYS[0]], ctx)
+    assert told == []
+    manager.complete_store([KEYS[2]], ctx)
+    assert told == [("h1", None)]
+
+
+def test_a_router_is_told_what_will_not_be_stored(client, clock):
+    told = []
+
+    def fresh() -> Manager:
+        told.clear()
+        return Manager(client, clock, say=lambda handoff, failed: told.append((handoff, failed)))
+
+    manager = fresh()
+    ctx = start(manager, "prefill", client)
+    client.grant = Granted(seq=1, ok=False, new=b"", refs=b"")
+    manager.prepare_store(KEYS, ctx)
+    assert told == [("h1", "no_space")]
+
+    manager = fresh()
+    start(manager, "prefill", client)
+    manager.ending("r1")
+    assert told == [("h1", "aborted")]
+
+    manager = fresh()
+    start(manager, "prefill", client)
+    client.life = 2
+    manager.step()
+    assert told == [("h1", "producer_died")]
+
+    client.life = 1
+    manager = fresh()
+    client.alive = False
+    manager.begin("r1", mark("prefill"), 96, 3)
+    manager.begin("r2", mark("decode"), 96, 3)
+    assert told == [("h1", "engine_down")]

@@ -35,6 +35,8 @@ const TOKEN: &str = "PEGAFLOW_KV_TOKEN";
 const LEAST_TOKEN: usize = 8;
 /// The smallest store.
 const LEAST: usize = 16 << 20;
+/// What a store is made of.
+const HUGE_PAGE: usize = 2 << 20;
 /// Between two looks at whether the store is still on.
 const LOOK: Duration = Duration::from_secs(1);
 /// How long its thread may take to end.
@@ -77,7 +79,9 @@ impl EngineArgs {
         Ok(EngineConfig {
             socket_path: self.socket.clone(),
             token: self.token()?,
-            pools: vec![PoolPlan::only(self.capacity as u64)],
+            pools: vec![PoolPlan::only(
+                (self.capacity - self.capacity % HUGE_PAGE) as u64,
+            )],
             arena: ArenaPlan {
                 prefault_threads: self.prefault_threads,
                 verify: self.verify,
@@ -136,7 +140,9 @@ async fn run(engine: &Engine, seat: &Seat) -> Result<(), Exit> {
             () = tokio::time::sleep(LOOK) => {}
         }
     }
-    Err(Exit::Failed(anyhow!("the store is turned off; its log says why")))
+    Err(Exit::Failed(anyhow!(
+        "the store is turned off; its log says why"
+    )))
 }
 
 fn figures(registry: Arc<Registry>) -> Router {
@@ -155,6 +161,10 @@ fn announce(seat: &Seat, args: &EngineArgs) {
     seat.console.flush();
     let mut stdout = std::io::stdout().lock();
     // A closed stdout is no reason to stop serving.
-    let _ = writeln!(stdout, "pegaflow engine listens at {}", args.socket.display());
+    let _ = writeln!(
+        stdout,
+        "pegaflow engine listens at {}",
+        args.socket.display()
+    );
     let _ = stdout.flush();
 }

@@ -10,7 +10,7 @@ use super::prepare::Run;
 use super::topology_args::TopologyArgs;
 use super::{Exit, print};
 use crate::plan::{PlanErrors, Report};
-use crate::topology::{Launcher, ModelFacts, ModelRef, Problem, Topology, TopologyErrors};
+use crate::topology::{Launcher, ModelFacts, ModelRef, Problem, TopologyErrors};
 use crate::{host, instance, model, runtime};
 
 /// Drivers that sleep take seconds; longer is a fault.

@@ -44,9 +44,8 @@ pub fn judge(fleet: &FleetSnapshot) -> Start {
         .collect();
     let ready = nodes.iter().filter(|node| node.is_ready()).count();
     let terminal = nodes.iter().filter(|node| node.phase.is_terminal()).count();
-    let dying = |phase: &Phase| {
-        matches!(phase, Phase::Backoff { .. } | Phase::Draining | Phase::Down)
-    };
+    let dying =
+        |phase: &Phase| matches!(phase, Phase::Backoff { .. } | Phase::Draining | Phase::Down);
     let dying = nodes.iter().filter(|node| dying(&node.phase)).count();
     match ready {
         _ if troubles.is_empty() => Start::Ready,

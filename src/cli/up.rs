@@ -37,7 +37,8 @@ use crate::plan::{Device, ExternalNode, Plan};
 use crate::router::{self, Listeners, RouterDeps, RouterMetrics};
 use crate::shutdown::Shutdown;
 use crate::supervise::{
-    self, CanaryPlan, ExternalDeps, Groups, LogSink, StoreSessions, SupervisorDeps, SupervisorMetrics,
+    self, CanaryPlan, ExternalDeps, Groups, LogSink, StoreSessions, SupervisorDeps,
+    SupervisorMetrics,
 };
 use crate::topology::{OWN_LOG, Topology};
 use crate::traffic::Traffic;
@@ -91,10 +92,11 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
     }
     cx.console.print(&plan.table());
 
+    let node_key = run.node_key.clone();
     let own = Own {
         instance: &instance,
         token,
-        node_key: run.node_key.clone(),
+        node_key,
         groups,
         credentials,
     };

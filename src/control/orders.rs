@@ -249,11 +249,17 @@ mod tests {
 
     #[test]
     fn nodes_of_others_are_not_ours_to_command() {
-        let fleet = fleet(&[("d1", Role::Decode, Phase::Ready), ("d2", Role::Decode, Phase::Ready)]);
+        let fleet = fleet(&[
+            ("d1", Role::Decode, Phase::Ready),
+            ("d2", Role::Decode, Phase::Ready),
+        ]);
         fleet.update(&"d2".into(), |node| node.external = true);
         let fleet = fleet.snapshot();
         assert_eq!(names(&fleet, "decode"), ["d1"]);
-        assert!(matches!(resolve(&fleet, "d2"), Err(OrderError::External { .. })));
+        assert!(matches!(
+            resolve(&fleet, "d2"),
+            Err(OrderError::External { .. })
+        ));
     }
 
     #[test]

@@ -47,7 +47,10 @@ mod tests {
         assert_ne!(key, NodeKey::random());
         assert_eq!(key.reveal().len(), 32);
         let header = key.authorization().unwrap();
-        assert_eq!(header.as_bytes(), format!("Bearer {}", key.reveal()).as_bytes());
+        assert_eq!(
+            header.as_bytes(),
+            format!("Bearer {}", key.reveal()).as_bytes()
+        );
         for shown in [format!("{key:?}"), format!("{header:?}")] {
             assert!(!shown.contains(key.reveal()), "{shown}");
         }

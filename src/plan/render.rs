@@ -7,7 +7,9 @@ use crate::plan::problem::list;
 
 pub(super) fn table(plan: &Plan) -> String {
     let header = ["NODE", "ROLE", "ON", "ADDRESS"].map(str::to_owned);
-    let rows = std::iter::once(header).chain(plan.nodes.iter().map(row)).chain(plan.others.iter().map(other));
+    let rows = std::iter::once(header)
+        .chain(plan.nodes.iter().map(row))
+        .chain(plan.others.iter().map(other));
     columns(&rows.collect::<Vec<_>>())
 }
 

@@ -78,7 +78,17 @@ impl Other {
     fn row(&self) -> [String; 9] {
         let dash = || "-".to_owned();
         let (id, role, url) = (self.id.clone(), self.role.to_string(), self.url.clone());
-        [id, role, dash(), dash(), dash(), url, dash(), dash(), dash()]
+        [
+            id,
+            role,
+            dash(),
+            dash(),
+            dash(),
+            url,
+            dash(),
+            dash(),
+            dash(),
+        ]
     }
 }
 
@@ -184,7 +194,10 @@ impl Report {
         let rows = rows.chain(self.others.iter().map(Other::row));
         text.push_str(&columns(&rows.collect::<Vec<_>>()));
         for node in &self.nodes {
-            let served = node.served_name.iter().map(|name| format!(" serves {name}"));
+            let served = node
+                .served_name
+                .iter()
+                .map(|name| format!(" serves {name}"));
             let _ = writeln!(text, "\n{}:{}", node.id, served.collect::<String>());
             let _ = writeln!(text, "  {}", shell(&node.argv));
             for (name, value) in &node.env {

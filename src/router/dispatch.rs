@@ -237,7 +237,9 @@ impl Choice<'_> {
         let left = |id: &NodeId| fleet.node(id).is_some_and(returns);
         if self.last.as_ref().is_none_or(died)
             || self.left.iter().any(left)
-            || !fleet.nodes().any(|node| node.is_ready() && node.serves(self.model))
+            || !fleet
+                .nodes()
+                .any(|node| node.is_ready() && node.serves(self.model))
         {
             return Some(patient);
         }

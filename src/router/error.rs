@@ -25,7 +25,10 @@ pub enum RouterError {
     NotFound { path: String },
     #[error("there is no model `{id}` here, but {}", listed(known))]
     NoModel { id: String, known: BTreeSet<String> },
-    #[error("a request must say which `model` it means: there is {}", listed(known))]
+    #[error(
+        "a request must say which `model` it means: there is {}",
+        listed(known)
+    )]
     ModelMissing { known: BTreeSet<String> },
     #[error(
         "websockets and /v1/realtime are not served here; use an endpoint that streams events, such as /v1/responses"
@@ -33,7 +36,9 @@ pub enum RouterError {
     Websocket,
     #[error("a known API key is needed, as `Authorization: Bearer KEY`")]
     Unauthorized,
-    #[error("the admin key is needed here, as `Authorization: Bearer KEY`; it is PEGAFLOW_ADMIN_KEY of the router")]
+    #[error(
+        "the admin key is needed here, as `Authorization: Bearer KEY`; it is PEGAFLOW_ADMIN_KEY of the router"
+    )]
     NotAdmin,
     #[error("{path} does not take {method}")]
     MethodNotAllowed { method: Method, path: String },

@@ -21,9 +21,9 @@ use axum::response::Response;
 use http::{HeaderMap, header};
 use sha2::{Digest, Sha256};
 
-use super::{Context, kv_ready};
 use super::error::RouterError;
 use super::private_file::{Stamp, read_private};
+use super::{Context, kv_ready};
 
 /// Between two looks at the file.
 const LOOK: Duration = Duration::from_secs(1);
@@ -76,7 +76,10 @@ struct Shared {
 impl ApiKeys {
     /// Those in its file (one a line; `#` begins a comment line) and in its variable. `None`: neither is given.
     pub fn open(source: KeysSource<'_>) -> Result<Option<Self>, KeysError> {
-        let KeysSource { file, variable: name } = source;
+        let KeysSource {
+            file,
+            variable: name,
+        } = source;
         let variable = std::env::var_os(name).filter(|keys| !keys.is_empty());
         // What is not UTF-8 keeps a character that no key may have, and is refused: it must not let everybody in.
         let variable = variable.as_ref().map(|keys| keys.to_string_lossy());
@@ -274,7 +277,9 @@ mod tests {
         let refused = |text: &str| {
             fs::write(&file, text).unwrap();
             fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
-            ApiKeys::from(Some(&file), "KEYS", None).unwrap_err().to_string()
+            ApiKeys::from(Some(&file), "KEYS", None)
+                .unwrap_err()
+                .to_string()
         };
         assert!(refused("# mine\ngood-enough\nsecret\n").contains("key 3: it is too short"));
         assert!(refused("good-enough\nse cret-words\n").contains("key 2: it has a space"));

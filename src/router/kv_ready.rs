@@ -83,7 +83,14 @@ async fn read(body: Body) -> Result<Announcement, RouterError> {
 /// What the node calls it, as the metrics do; anything else is a save that failed.
 fn failure(why: &str) -> HandoffFailure {
     use HandoffFailure::{Aborted, Damaged, Deadline, NoSpace, ProducerDied, SaveFailed};
-    let known = [NoSpace, ProducerDied, Aborted, SaveFailed, Damaged, Deadline];
+    let known = [
+        NoSpace,
+        ProducerDied,
+        Aborted,
+        SaveFailed,
+        Damaged,
+        Deadline,
+    ];
     let found = known.into_iter().find(|failure| failure.label() == why);
     found.unwrap_or(SaveFailed)
 }
@@ -93,7 +100,9 @@ mod tests {
     use super::*;
 
     fn outcome(text: &str) -> HandoffOutcome {
-        serde_json::from_str::<Announcement>(text).unwrap().outcome()
+        serde_json::from_str::<Announcement>(text)
+            .unwrap()
+            .outcome()
     }
 
     #[test]
@@ -103,7 +112,10 @@ mod tests {
             already_stored: false,
         };
         assert_eq!(outcome(r#"{"handoff": "a"}"#), ready(0));
-        assert_eq!(outcome(r#"{"handoff": "a", "failed": null, "chunks": 7, "more": []}"#), ready(7));
+        assert_eq!(
+            outcome(r#"{"handoff": "a", "failed": null, "chunks": 7, "more": []}"#),
+            ready(7)
+        );
         for (why, failure) in [
             ("no_space", HandoffFailure::NoSpace),
             ("producer_died", HandoffFailure::ProducerDied),

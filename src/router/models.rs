@@ -71,7 +71,10 @@ pub(super) fn known(fleet: &FleetSnapshot, aliases: &Aliases) -> BTreeMap<String
 
 /// A node's first name is its model's own; adapters and other names follow.
 fn serve_one_model(fleet: &FleetSnapshot) -> bool {
-    let own: BTreeSet<_> = fleet.nodes().filter_map(|node| node.models.first()).collect();
+    let own: BTreeSet<_> = fleet
+        .nodes()
+        .filter_map(|node| node.models.first())
+        .collect();
     own.len() <= 1
 }
 
@@ -86,7 +89,8 @@ mod tests {
         let addr = std::net::SocketAddr::from(([127, 0, 0, 1], 1));
         let views = nodes.iter().enumerate().map(|(index, models)| {
             let id = index.to_string();
-            NodeView::pending(id.as_str().into(), Role::Unified, addr).serving(models.iter().copied())
+            NodeView::pending(id.as_str().into(), Role::Unified, addr)
+                .serving(models.iter().copied())
         });
         FleetPublisher::new(views).snapshot()
     }
@@ -97,7 +101,10 @@ mod tests {
             .into()
     }
 
-    fn ask(fleet: &FleetSnapshot, raw: Option<&str>) -> Result<(Option<String>, bool), RouterError> {
+    fn ask(
+        fleet: &FleetSnapshot,
+        raw: Option<&str>,
+    ) -> Result<(Option<String>, bool), RouterError> {
         let wanted = resolve(fleet, &aliases(), raw)?;
         Ok((wanted.model, wanted.renamed.is_some()))
     }
@@ -109,7 +116,10 @@ mod tests {
         assert_eq!(ask(&two, Some("\"llama\"")).unwrap(), model("llama", false));
         assert_eq!(ask(&two, Some("\"lora\"")).unwrap(), model("lora", false));
         assert_eq!(ask(&two, Some("\"gpt\"")).unwrap(), model("qwen", true));
-        assert_eq!(ask(&two, Some("\"\\u0067pt\"")).unwrap(), model("qwen", true));
+        assert_eq!(
+            ask(&two, Some("\"\\u0067pt\"")).unwrap(),
+            model("qwen", true)
+        );
         let raw = resolve(&two, &aliases(), Some("\"gpt\"")).unwrap().renamed;
         assert_eq!(raw.unwrap().get(), "\"qwen\"");
     }
@@ -128,11 +138,16 @@ mod tests {
 
     #[test]
     fn without_a_name_the_only_model_is_meant() {
-        let (one, two) = (fleet(&[&["qwen", "lora"], &["qwen"]]), fleet(&[&["qwen"], &["llama"]]));
+        let (one, two) = (
+            fleet(&[&["qwen", "lora"], &["qwen"]]),
+            fleet(&[&["qwen"], &["llama"]]),
+        );
         for raw in [None, Some("\"\""), Some("5")] {
             assert_eq!(ask(&one, raw).unwrap(), (None, false));
             let refused = ask(&two, raw);
-            assert!(matches!(refused, Err(RouterError::ModelMissing { known }) if known.len() == 3));
+            assert!(
+                matches!(refused, Err(RouterError::ModelMissing { known }) if known.len() == 3)
+            );
         }
     }
 

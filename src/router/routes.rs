@@ -34,10 +34,10 @@ use super::dispatch::{Delivery, Task, deliver};
 use super::error::RouterError;
 use super::handoff::{Stage, prefill};
 use super::legs::{Caller, CompleteReply, Reply, Target, echo_id, head};
+use super::models::{self, Wanted};
 use super::observation::{Observation, Outcome};
 use super::split::{Endpoint, WholeReason, never_split};
 use super::stream::{Held, Last, ReplyBody};
-use super::models::{self, Wanted};
 use super::{Call, Context, cors, keys, kv_ready, proxy};
 use crate::fleet::Role;
 
@@ -162,10 +162,18 @@ async fn answer(
     let parsed = Fields::parse(&original);
     // It need not be JSON; then it names no model.
     let is_opaque = arrival.endpoint == Endpoint::Other && parsed.is_err();
-    let mut fields = if is_opaque { Fields::default() } else { parsed? };
+    let mut fields = if is_opaque {
+        Fields::default()
+    } else {
+        parsed?
+    };
     let wanted = match is_opaque {
         true => Wanted::default(),
-        false => models::resolve(&cx.fleet.borrow(), &cx.plan.aliases, fields.present("model"))?,
+        false => models::resolve(
+            &cx.fleet.borrow(),
+            &cx.plan.aliases,
+            fields.present("model"),
+        )?,
     };
     if let Some(model) = &wanted.renamed {
         fields.replace("model", model);

@@ -30,10 +30,17 @@ mod tests {
     fn names_keep_their_order_and_are_bounded() {
         let answer = br#"{"object": "list", "data": [{"id": "qwen", "root": "/m"}, {"id": "a"}]}"#;
         assert_eq!(names(answer).unwrap(), ["qwen", "a"]);
-        let many: Vec<_> = (0..300).map(|id| serde_json::json!({"id": id.to_string()})).collect();
+        let many: Vec<_> = (0..300)
+            .map(|id| serde_json::json!({"id": id.to_string()}))
+            .collect();
         let many = serde_json::json!({"data": many}).to_string();
         assert_eq!(names(many.as_bytes()).unwrap().len(), 256);
-        for other in [&b""[..], b"[]", b"{\"data\": [{\"id\": 1}]}", b"{\"error\": 1}"] {
+        for other in [
+            &b""[..],
+            b"[]",
+            b"{\"data\": [{\"id\": 1}]}",
+            b"{\"error\": 1}",
+        ] {
             assert_eq!(names(other), None);
         }
     }

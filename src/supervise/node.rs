@@ -244,7 +244,7 @@ impl NodeActor {
                     let warmth = shared.client.warm_up(addr, &model, WARM_UP_CALL).await;
                     // Its adapters are known to it alone.
                     if let Some(models) = shared.client.models(addr).await
-                        && !models.is_empty()
+                        && models.contains(&model)
                     {
                         shared.fleet.update(&id, |node| node.models = models.into());
                     }

@@ -68,8 +68,8 @@ pub(super) enum Absent {
 
 use Absent::{Is, Required, Words};
 use Shape::{
-    Address, Aliases, Boolean, Cpus, Duration, DurationOrZero, Gpus, Integer, Model, Name, Numa, Number,
-    OneOf, Origins, Size, SizeOrPercent, Strings, Tables, Text, Url, Variables,
+    Address, Aliases, Boolean, Cpus, Duration, DurationOrZero, Gpus, Integer, Model, Name, Numa,
+    Number, OneOf, Origins, Size, SizeOrPercent, Strings, Tables, Text, Url, Variables,
 };
 
 const fn key(name: &'static str, shape: Shape, absent: Absent, doc: &'static str) -> Key {

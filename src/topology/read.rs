@@ -14,12 +14,13 @@ use super::problem::{Findings, ProblemKind};
 use super::section::Section;
 use super::source::join;
 use super::value::{
-    address, boolean, cpus, device, duration, duration_or_zero, integer, node_url, non_empty, number, one_of,
-    role, size, string, wrong,
+    address, boolean, cpus, device, duration, duration_or_zero, integer, node_url, non_empty,
+    number, one_of, role, size, string, wrong,
 };
 use super::{
-    Capacity, CpuRequest, Device, GpuRequest, HugepageRequest, KvReady, KvSettings, ModelRef, NodeModel, NodeSettings,
-    NumaRequest, RouterSettings, RuntimeSettings, Secrets, SupervisorSettings, TlsFiles, Topology,
+    Capacity, CpuRequest, Device, GpuRequest, HugepageRequest, KvReady, KvSettings, ModelRef,
+    NodeModel, NodeSettings, NumaRequest, RouterSettings, RuntimeSettings, Secrets,
+    SupervisorSettings, TlsFiles, Topology,
 };
 use crate::fleet::{DEFAULT_POOL, Role};
 
@@ -99,8 +100,7 @@ fn model_ref(text: &str, key: &str, base: &Path, findings: &mut Findings<'_>) ->
         return ModelRef::Path(base.join(text));
     }
     let parts: Vec<&str> = text.split('/').collect();
-    if (parts.len() > 2 || !parts.iter().all(|part| is_id_part(part))) && !findings.is_bad(key)
-    {
+    if (parts.len() > 2 || !parts.iter().all(|part| is_id_part(part))) && !findings.is_bad(key) {
         let found = format!("{text:?}");
         let instead = "a Hugging Face id like \"Qwen/Qwen3-8B\", a directory that begins with \
                        \"/\" or \"./\", or \"builtin:tiny\"";

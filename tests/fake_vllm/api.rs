@@ -44,7 +44,8 @@ async fn authenticate(request: Request, next: Next) -> Response {
         .iter()
         .any(|prefix| path.starts_with(prefix));
     let given = request.headers().get("authorization");
-    let shown = given.is_some_and(|given| given.as_bytes() == format!("Bearer {wanted}").as_bytes());
+    let shown =
+        given.is_some_and(|given| given.as_bytes() == format!("Bearer {wanted}").as_bytes());
     if wanted.is_empty() || !guarded || shown {
         return next.run(request).await;
     }

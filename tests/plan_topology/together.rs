@@ -147,7 +147,9 @@ fn combinations_that_contradict_are_refused() {
 #[test]
 fn a_node_of_others_has_an_address_and_a_part_and_nothing_else() {
     let other = |role: &str, rest: &str| {
-        format!("[[node]]\nname = \"o-{role}\"\nrole = \"{role}\"\nurl = \"http://{role}:8000\"\n{rest}")
+        format!(
+            "[[node]]\nname = \"o-{role}\"\nrole = \"{role}\"\nurl = \"http://{role}:8000\"\n{rest}"
+        )
     };
     let text = cuda(&[PD, &other("unified", "")].concat());
     let topology = Topology::parse(&text, Path::new("t.toml")).unwrap();
@@ -176,7 +178,10 @@ fn a_node_of_others_has_an_address_and_a_part_and_nothing_else() {
     assert_eq!(key, "node[2].url");
     assert!(matches!(kind, Kind::Conflict { .. }), "{kind:?}");
     let (.., key, kind) = one(&cuda(&[PD, &other("decode", "pool = \"far\"\n")].concat()));
-    assert_eq!((key.as_str(), kind), ("node[2].role", Kind::DecodeWithoutPrefill));
+    assert_eq!(
+        (key.as_str(), kind),
+        ("node[2].role", Kind::DecodeWithoutPrefill)
+    );
     let twice = other("unified", "").replace("o-unified", "again");
     let (.., key, kind) = one(&cuda(&[PD, &other("unified", ""), &twice].concat()));
     assert_eq!(key, "node[3].url");
@@ -196,7 +201,8 @@ fn a_node_of_others_has_an_address_and_a_part_and_nothing_else() {
 #[test]
 fn an_alias_means_a_model_that_is_here() {
     let aliases = |table: &str| unified(&format!("[router]\naliases = {table}\n"));
-    let topology = Topology::parse(&aliases("{ \"gpt-4o\" = \"name\" }"), Path::new("t.toml")).unwrap();
+    let topology =
+        Topology::parse(&aliases("{ \"gpt-4o\" = \"name\" }"), Path::new("t.toml")).unwrap();
     assert_eq!(topology.router.aliases["gpt-4o"], "name");
     for (table, key) in [
         ("{ a = \"other\" }", "router.aliases.a"),
@@ -213,7 +219,10 @@ fn an_alias_means_a_model_that_is_here() {
 #[test]
 fn what_the_router_shows_to_clients_is_whole_and_apart_from_its_figures() {
     let router = |keys: &str| unified(&format!("[router]\n{keys}\n"));
-    for (keys, key) in [("tls_cert = \"a\"", "router.tls_key"), ("tls_key = \"a\"", "router.tls_cert")] {
+    for (keys, key) in [
+        ("tls_cert = \"a\"", "router.tls_key"),
+        ("tls_key = \"a\"", "router.tls_cert"),
+    ] {
         let (.., found, kind) = one(&router(keys));
         assert_eq!(found, key);
         assert!(matches!(kind, Kind::Missing { .. }), "{kind:?}");
@@ -221,12 +230,18 @@ fn what_the_router_shows_to_clients_is_whole_and_apart_from_its_figures() {
     let both = router("tls_cert = \"cert.pem\"\ntls_key = \"/etc/key.pem\"");
     let topology = Topology::parse(&both, Path::new("dir/t.toml")).unwrap();
     let tls = topology.router.tls.as_ref().unwrap();
-    assert_eq!((tls.cert.as_path(), tls.key.as_path()), (Path::new("dir/cert.pem"), Path::new("/etc/key.pem")));
+    assert_eq!(
+        (tls.cert.as_path(), tls.key.as_path()),
+        (Path::new("dir/cert.pem"), Path::new("/etc/key.pem"))
+    );
     assert_eq!(topology.router.url(), "https://127.0.0.1:8000");
 
     let (.., key, kind) = one(&router("metrics_listen = \"127.0.0.1:8000\""));
     assert_eq!(key, "router.metrics_listen");
-    assert!(matches!(kind, Kind::PortCollision { port: 8000, .. }), "{kind:?}");
+    assert!(
+        matches!(kind, Kind::PortCollision { port: 8000, .. }),
+        "{kind:?}"
+    );
     let (.., key, kind) = one(&router("cors_origins = [\"*\", \"https://a/b\"]"));
     assert_eq!(key, "router.cors_origins[1]");
     assert!(matches!(kind, Kind::BadValue { .. }), "{kind:?}");
@@ -236,7 +251,9 @@ fn what_the_router_shows_to_clients_is_whole_and_apart_from_its_figures() {
 fn each_pool_has_one_model_and_each_name_means_one() {
     let pair = |pool: &str, p: &str, d: &str| {
         let node = |role: &str, rest: &str| {
-            format!("[[node]]\nname = \"{role}-{pool}\"\nrole = \"{role}\"\npool = \"{pool}\"\n{rest}")
+            format!(
+                "[[node]]\nname = \"{role}-{pool}\"\nrole = \"{role}\"\npool = \"{pool}\"\n{rest}"
+            )
         };
         node("prefill", p) + &node("decode", d)
     };
@@ -264,7 +281,9 @@ fn each_pool_has_one_model_and_each_name_means_one() {
     assert_eq!(problems.len(), 2, "{problems:#?}");
     for (_, _, key, kind) in problems {
         assert!(key.ends_with(".model"), "{key}");
-        assert!(matches!(kind, Kind::Conflict { instead, .. } if instead.contains("served_model_name")));
+        assert!(
+            matches!(kind, Kind::Conflict { instead, .. } if instead.contains("served_model_name"))
+        );
     }
     let (.., key, kind) = one(&unified("model = \"a/b/c\"\n"));
     assert_eq!(key, "node[0].model");

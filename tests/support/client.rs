@@ -93,12 +93,7 @@ async fn post(at: &Endpoint<'_>, body: &Value) -> Result<reqwest::Response, Endi
     )))
 }
 
-async fn whole(
-    at: &Endpoint<'_>,
-    body: &Value,
-    answer: &mut Answer,
-    started: Instant,
-) -> Ending {
+async fn whole(at: &Endpoint<'_>, body: &Value, answer: &mut Answer, started: Instant) -> Ending {
     let response = match post(at, body).await {
         Ok(response) => response,
         Err(ending) => return ending,
@@ -115,12 +110,7 @@ async fn whole(
     Ending::Complete
 }
 
-async fn stream(
-    at: &Endpoint<'_>,
-    body: &Value,
-    answer: &mut Answer,
-    started: Instant,
-) -> Ending {
+async fn stream(at: &Endpoint<'_>, body: &Value, answer: &mut Answer, started: Instant) -> Ending {
     let response = match post(at, body).await {
         Ok(response) => response,
         Err(ending) => return ending,

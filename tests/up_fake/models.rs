@@ -11,7 +11,11 @@ use crate::support::{self, Site};
 async fn two_models_are_split_each_on_its_own_nodes() {
     let site = Site::new();
     fs::create_dir(site.path("other")).unwrap();
-    fs::copy(site.path("model/config.json"), site.path("other/config.json")).unwrap();
+    fs::copy(
+        site.path("model/config.json"),
+        site.path("other/config.json"),
+    )
+    .unwrap();
     let second = ["prefill", "decode"].map(|role| {
         format!(
             "\n[[node]]\nname = \"{role}-other\"\nrole = \"{role}\"\npool = \"other\"\n\
@@ -27,16 +31,31 @@ async fn two_models_are_split_each_on_its_own_nodes() {
     }
     assert!(up.output().contains("model: big, tiny"), "{}", up.output());
     let models: Value = serde_json::from_str(&up.get("/v1/models").await).unwrap();
-    let names: Vec<_> = models["data"].as_array().unwrap().iter().map(|model| &model["id"]).collect();
+    let names: Vec<_> = models["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|model| &model["id"])
+        .collect();
     assert_eq!(names, ["big", "gpt-4o", "tiny"]);
 
     let legs = async |node: &str, model: &str| {
         let labels = format!("engine=\"0\",model_name=\"{model}\",leg=\"decode\"");
-        up.node_metric(node, &format!("vllm:fake_legs_total{{{labels}}}")).await
+        up.node_metric(node, &format!("vllm:fake_legs_total{{{labels}}}"))
+            .await
     };
-    let both = async || (legs("decode", "tiny").await, legs("decode-other", "big").await);
+    let both = async || {
+        (
+            legs("decode", "tiny").await,
+            legs("decode-other", "big").await,
+        )
+    };
     let before = both().await;
-    for (model, node) in [("big", "decode-other"), ("gpt-4o", "decode-other"), ("tiny", "decode")] {
+    for (model, node) in [
+        ("big", "decode-other"),
+        ("gpt-4o", "decode-other"),
+        ("tiny", "decode"),
+    ] {
         let mut body = completion(7, 100, 8);
         body["model"] = json!(model);
         let hits = "vllm:external_prefix_cache_hits_total";
@@ -50,9 +69,13 @@ async fn two_models_are_split_each_on_its_own_nodes() {
     let mut body = completion(8, 100, 8);
     body["model"] = json!("huge");
     let ending = up.generate(&body).await.ending;
-    assert!(matches!(&ending, Ending::Refused(why) if why.contains("404") && why.contains("`big`")));
+    assert!(
+        matches!(&ending, Ending::Refused(why) if why.contains("404") && why.contains("`big`"))
+    );
     body.as_object_mut().unwrap().remove("model");
     let ending = up.generate(&body).await.ending;
-    assert!(matches!(&ending, Ending::Refused(why) if why.contains("400") && why.contains("`tiny`")));
+    assert!(
+        matches!(&ending, Ending::Refused(why) if why.contains("400") && why.contains("`tiny`"))
+    );
     up.stop().await;
 }

@@ -30,7 +30,9 @@ impl Other {
     }
 
     async fn figure(&self, name: &str) -> f64 {
-        let text = get(&format!("http://127.0.0.1:{}/metrics", self.port)).await.unwrap();
+        let text = get(&format!("http://127.0.0.1:{}/metrics", self.port))
+            .await
+            .unwrap();
         support::client::metric(&text, name)
     }
 }
@@ -54,13 +56,23 @@ async fn a_node_of_others_is_routed_to_and_left_alone() {
     let node = format!("\n[[node]]\nname = \"far\"\nrole = \"unified\"\nurl = \"{url}\"\n");
     site.topology(&(support::topology(site.port) + &node));
     let up = site.up_ready().await;
-    let far = up.wait_for_node("far", |node| node["phase"] == "ready").await;
-    assert_eq!((&far["external"], &far["kv"]), (&json!(true), &json!("none")));
+    let far = up
+        .wait_for_node("far", |node| node["phase"] == "ready")
+        .await;
+    assert_eq!(
+        (&far["external"], &far["kv"]),
+        (&json!(true), &json!("none"))
+    );
     assert_eq!(far["pid"], Value::Null);
     assert!(up.output().contains(&url), "{}", up.output());
 
     let models: Value = serde_json::from_str(&up.get("/v1/models").await).unwrap();
-    let names: Vec<_> = models["data"].as_array().unwrap().iter().map(|model| &model["id"]).collect();
+    let names: Vec<_> = models["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|model| &model["id"])
+        .collect();
     assert_eq!(names, ["large", "tiny"]);
     let mut body = completion(1, 64, 8);
     let ours = up.generate(&body).await;
@@ -70,7 +82,9 @@ async fn a_node_of_others_is_routed_to_and_left_alone() {
     assert_eq!(up.generate(&body).await.ending, Ending::Complete);
     assert_eq!(other.figure("vllm:fake_requests_total").await, 1.0);
     body["model"] = json!("huge");
-    assert!(matches!(up.generate(&body).await.ending, Ending::Refused(why) if why.contains("`large`")));
+    assert!(
+        matches!(up.generate(&body).await.ending, Ending::Refused(why) if why.contains("`large`"))
+    );
 
     let refused = site.command(&["restart", "far"]).output().unwrap();
     assert!(!refused.status.success());
@@ -84,12 +98,19 @@ async fn a_node_of_others_is_routed_to_and_left_alone() {
 async fn one_that_is_away_holds_up_nobody_and_serves_when_it_comes() {
     let site = Site::new();
     let port = free_port();
-    let node = format!("\n[[node]]\nname = \"far\"\nrole = \"unified\"\nurl = \"http://127.0.0.1:{port}\"\n");
+    let node = format!(
+        "\n[[node]]\nname = \"far\"\nrole = \"unified\"\nurl = \"http://127.0.0.1:{port}\"\n"
+    );
     site.topology(&(support::topology(site.port) + &node));
     let up = site.up_ready().await;
     assert_eq!(up.node("far").await["phase"], "down");
-    assert_eq!(up.generate(&completion(1, 64, 8)).await.ending, Ending::Complete);
-    let listener = tokio::net::TcpListener::bind(("127.0.0.1", port)).await.unwrap();
+    assert_eq!(
+        up.generate(&completion(1, 64, 8)).await.ending,
+        Ending::Complete
+    );
+    let listener = tokio::net::TcpListener::bind(("127.0.0.1", port))
+        .await
+        .unwrap();
     let app = axum::Router::new().route("/health", axum::routing::get(async || ()));
     let served = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
     wait_until(

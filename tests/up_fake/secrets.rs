@@ -32,7 +32,12 @@ async fn nobody_uses_a_node_past_the_router_and_the_key_is_shown_nowhere() {
 
     let base = format!("http://{}", view["addr"].as_str().unwrap());
     let http = reqwest::Client::new();
-    for path in ["/v1/models", "/v1/completions", "/v2/rerank", "/inference/v1/generate"] {
+    for path in [
+        "/v1/models",
+        "/v1/completions",
+        "/v2/rerank",
+        "/inference/v1/generate",
+    ] {
         for shown in [None, Some("wrong")] {
             let mut request = http.post(format!("{base}{path}")).body("{}");
             if let Some(shown) = shown {
@@ -43,7 +48,12 @@ async fn nobody_uses_a_node_past_the_router_and_the_key_is_shown_nowhere() {
     }
     // What the supervisor looks at is open.
     for path in ["/health", "/metrics"] {
-        assert!(!get(&format!("{base}{path}")).await.unwrap().contains("Unauthorized"));
+        assert!(
+            !get(&format!("{base}{path}"))
+                .await
+                .unwrap()
+                .contains("Unauthorized")
+        );
     }
     let body = completion(1, 100, 8);
     let whole = up.whole("decode", &body).await;
@@ -77,18 +87,28 @@ async fn nobody_uses_a_node_past_the_router_and_the_key_is_shown_nowhere() {
     }
     for pid in site.processes() {
         let argv = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        shown.push((format!("arguments of {pid}"), String::from_utf8_lossy(&argv).into_owned()));
+        shown.push((
+            format!("arguments of {pid}"),
+            String::from_utf8_lossy(&argv).into_owned(),
+        ));
     }
     for folder in ["run", "state", "cache"] {
         texts(&site.path(folder), &mut shown);
     }
-    assert!(shown.iter().any(|(place, _)| place.ends_with(".log")), "no node's log was read");
+    assert!(
+        shown.iter().any(|(place, _)| place.ends_with(".log")),
+        "no node's log was read"
+    );
     for (place, text) in &shown {
         assert!(!text.contains(&key), "{place} shows it");
     }
     up.stop().await;
 
     let up = site.up_ready().await;
-    assert_ne!(key, node_key(&up.node("decode").await), "each run has its own");
+    assert_ne!(
+        key,
+        node_key(&up.node("decode").await),
+        "each run has its own"
+    );
     up.stop().await;
 }

@@ -19,7 +19,12 @@ const OWN_ONLY: [&str; 13] = [
     "kv_cache",
 ];
 
-pub(super) fn other(topology: &Topology, at: &At, node: &NodeSettings, findings: &mut Findings<'_>) {
+pub(super) fn other(
+    topology: &Topology,
+    at: &At,
+    node: &NodeSettings,
+    findings: &mut Findings<'_>,
+) {
     for key in OWN_ONLY.map(|key| at.key(key)) {
         if findings.source.has(&key) {
             let conflict = ProblemKind::Conflict {

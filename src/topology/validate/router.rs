@@ -9,13 +9,22 @@ pub(super) fn router(topology: &Topology, findings: &mut Findings<'_>) {
             let found = format!("the string {origin:?}");
             let instead =
                 "a scheme and a host without a path, like \"https://chat.example.com\", or \"*\"";
-            findings.add(&format!("router.cors_origins[{index}]"), bad(found, instead));
+            findings.add(
+                &format!("router.cors_origins[{index}]"),
+                bad(found, instead),
+            );
         }
     }
     let port = settings.listen.port();
-    if settings.metrics_listen.is_some_and(|metrics| metrics.port() == port) {
+    if settings
+        .metrics_listen
+        .is_some_and(|metrics| metrics.port() == port)
+    {
         let other = "[router] listen".to_owned();
-        findings.add("router.metrics_listen", ProblemKind::PortCollision { port, other });
+        findings.add(
+            "router.metrics_listen",
+            ProblemKind::PortCollision { port, other },
+        );
     }
     aliases(topology, findings);
 }
@@ -28,7 +37,10 @@ fn aliases(topology: &Topology, findings: &mut Findings<'_>) {
     for (alias, model) in &topology.router.aliases {
         let key = format!("router.aliases.{alias}");
         if alias.trim().is_empty() {
-            findings.add("router.aliases", bad("a name without letters", "a name for a model"));
+            findings.add(
+                "router.aliases",
+                bad("a name without letters", "a name for a model"),
+            );
         } else if served.contains(alias.as_str()) {
             let conflict = ProblemKind::Conflict {
                 with: format!("the model that is served as {alias:?}"),
@@ -54,7 +66,9 @@ fn serve_more(topology: &Topology) -> bool {
 
 /// As a browser writes it: a scheme, a host, perhaps a port.
 pub fn is_origin(text: &str) -> bool {
-    let rest = ["http://", "https://"].iter().find_map(|scheme| text.strip_prefix(scheme));
+    let rest = ["http://", "https://"]
+        .iter()
+        .find_map(|scheme| text.strip_prefix(scheme));
     rest.is_some_and(|host| {
         let allowed = |byte: u8| byte.is_ascii_graphic() && byte != b'/';
         !host.is_empty() && host.bytes().all(allowed)
@@ -67,10 +81,22 @@ mod tests {
 
     #[test]
     fn an_origin_is_a_scheme_and_a_host() {
-        for origin in ["http://localhost:3000", "https://chat.example.com", "https://[::1]:8"] {
+        for origin in [
+            "http://localhost:3000",
+            "https://chat.example.com",
+            "https://[::1]:8",
+        ] {
             assert!(is_origin(origin), "{origin}");
         }
-        for other in ["", "*", "https://", "chat.example.com", "https://a/", "ftp://a", "https://a b"] {
+        for other in [
+            "",
+            "*",
+            "https://",
+            "chat.example.com",
+            "https://a/",
+            "ftp://a",
+            "https://a b",
+        ] {
             assert!(!is_origin(other), "{other}");
         }
     }
