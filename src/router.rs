@@ -115,7 +115,7 @@ pub async fn serve(
     let Listeners { clients, metrics } = listeners.into();
     let mut beat = deps.vitals.part("the router");
     let tls = deps.tls.clone();
-    let mut figures = metrics.map(|listener| (listener, deps.vitals.part("the router's metrics")));
+    let figures = metrics.map(|listener| (listener, deps.vitals.part("the router's metrics")));
     let cx = Arc::new(Context::new(deps, &shutdown)?);
     for keys in [&cx.keys, &cx.admin].into_iter().flatten().cloned() {
         let stop = cx.stop.clone();
@@ -128,7 +128,7 @@ pub async fn serve(
             .spawn(async move { stop.run_until_cancelled(tls.follow()).await });
     }
     let own = async {
-        let Some((listener, beat)) = figures.take() else {
+        let Some((listener, mut beat)) = figures else {
             return Ok(());
         };
         let routes = routes::figures(cx.clone());
@@ -136,7 +136,6 @@ pub async fn serve(
             listener,
             tls: None,
         };
-        let mut beat = beat;
         server::run(door, routes, &cx.plan, &shutdown, &mut beat).await
     };
     let door = server::Door {

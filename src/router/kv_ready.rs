@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use axum::body::{Body, to_bytes};
 use axum::extract::{Request, State};
+use axum::response::{IntoResponse as _, Response};
 use http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 
@@ -49,15 +50,19 @@ impl Announcement {
     }
 }
 
-pub(super) async fn announce(
-    State(cx): State<Arc<Context>>,
-    request: Request,
-) -> Result<StatusCode, RouterError> {
-    admitted(&cx, request.headers())?;
-    let said = read(request.into_body()).await?;
-    let id = HandoffId::from(said.handoff.as_str());
-    cx.board.settle(&id, said.outcome());
-    Ok(StatusCode::NO_CONTENT)
+pub(super) async fn announce(State(cx): State<Arc<Context>>, request: Request) -> Response {
+    let (parts, body) = request.into_parts();
+    let taken = async {
+        admitted(&cx, &parts.headers)?;
+        let said = read(body).await?;
+        let id = HandoffId::from(said.handoff.as_str());
+        cx.board.settle(&id, said.outcome());
+        Ok::<_, RouterError>(())
+    };
+    match taken.await {
+        Ok(()) => StatusCode::NO_CONTENT.into_response(),
+        Err(error) => error.response_for(&parts.headers),
+    }
 }
 
 fn admitted(cx: &Context, headers: &HeaderMap) -> Result<(), RouterError> {
