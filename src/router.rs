@@ -13,7 +13,7 @@
 //!
 //! - Only nodes that serve the request's `model` are asked: see [`models`](self) (`models.rs`).
 //! - Before the commit every failure is tried again elsewhere, unseen by the client; after it a
-//!   broken stream ends with an explicit error event.
+//!   broken stream goes on elsewhere, see [`replay`], or ends with an explicit error event.
 //! - A request is one future: when the client goes away hyper drops it, and with it both legs, the
 //!   hand-off's ticket, the node's count and the place. Nothing has to be cleaned up by hand.
 //! - Decode is dispatched when the engine says that the KV is complete ([`HandoffBoard`]), not when
@@ -36,6 +36,8 @@ mod models;
 mod observation;
 mod private_file;
 mod proxy;
+mod replay;
+mod reply;
 mod routes;
 mod server;
 mod split;
@@ -204,4 +206,6 @@ struct Call<'a> {
     fields: &'a body::Fields<'a>,
     original: &'a Bytes,
     timeline: &'a timeline::Timeline,
+    /// See [`replay`].
+    asks_ids: bool,
 }

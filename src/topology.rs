@@ -212,6 +212,8 @@ pub struct RouterSettings {
     pub drain_timeout: Duration,
     /// A line for every request at level info, not debug.
     pub access_log: bool,
+    /// A stream whose node fails goes on at another one.
+    pub replay: bool,
 }
 
 impl Default for RouterSettings {
@@ -236,6 +238,7 @@ impl Default for RouterSettings {
             queue_timeout: seconds(60),
             drain_timeout: seconds(30),
             access_log: false,
+            replay: true,
         }
     }
 }

@@ -120,6 +120,9 @@ struct Limits {
     /// Log one line for every request.
     #[arg(long)]
     access_log: bool,
+    /// Do not let streams go on at another node when theirs fails; nodes are then not asked for token ids.
+    #[arg(long)]
+    no_replay: bool,
 }
 
 fn duration_or_zero(text: &str) -> Result<Duration, String> {
@@ -235,6 +238,7 @@ impl RouterArgs {
             queue_timeout: limits.queue_timeout,
             drain_timeout: limits.drain_timeout,
             access_log: limits.access_log,
+            replay: !limits.no_replay,
         }
     }
 }

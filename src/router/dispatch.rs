@@ -78,6 +78,15 @@ impl Task<'_> {
     }
 }
 
+/// A node that was asked before, and failed.
+pub(super) struct Failed {
+    pub(super) node: NodeId,
+    pub(super) incarnation: u64,
+    pub(super) error: LegError,
+    /// Its answer had begun.
+    pub(super) begun: bool,
+}
+
 /// An answer that can be committed, and the node that gives it.
 pub(super) struct Delivery {
     pub(super) reply: Reply,
@@ -88,11 +97,15 @@ pub(super) async fn deliver(
     cx: &Context,
     call: &Call<'_>,
     task: Task<'_>,
+    before: Option<Failed>,
 ) -> Result<Delivery, RouterError> {
     let mut choice = Choice {
         model: call.model,
         ..Choice::default()
     };
+    if let Some(failed) = before {
+        choice.failed(cx, failed);
+    }
     let mut patience = None;
     loop {
         let pick = choice.next(cx, &task, &mut patience).await?;
@@ -123,7 +136,13 @@ pub(super) async fn deliver(
             phase = legs::lost(cx.fleet.clone(), &pick, SILENCE) => LegError::NodeLost { phase },
         };
         tracing::warn!(node = %pick.node(), id = %call.caller.id, %error, "a leg failed before its first byte");
-        choice.failed(cx, &pick, error);
+        let failed = Failed {
+            node: pick.node().clone(),
+            incarnation: pick.incarnation,
+            error,
+            begun: false,
+        };
+        choice.failed(cx, failed);
     }
 }
 
@@ -143,9 +162,10 @@ fn body_for(pick: &Pick, call: &Call<'_>, task: &Task<'_>) -> Bytes {
         (Task::Decode(prefilled), Some(handoff))
             if task.suits(pick.role, &pick.pool) && pick.can_hand_off =>
         {
-            split::decode_body(call.fields, handoff, prefilled.params.as_deref())
+            let params = prefilled.params.as_deref();
+            split::decode_body(call.fields, handoff, params, call.asks_ids)
         }
-        _ => split::whole_body(call.fields, call.original),
+        _ => split::whole_body(call.fields, call.original, call.asks_ids),
     }
 }
 
@@ -164,6 +184,9 @@ struct Choice<'a> {
     /// A connection that broke, on a node that is still called ready, may have been an idle one
     /// that the node was closing: one more try there.
     forgiven: bool,
+    /// The node in `tried` broke off an answer that had begun. If it still lives when its death should
+    /// have shown, and there is no other one, it is asked again.
+    begun: bool,
 }
 
 impl Choice<'_> {
@@ -190,6 +213,10 @@ impl Choice<'_> {
             };
             match timeout_at(until, fleet.changed()).await {
                 Ok(Ok(())) => {}
+                Err(_) if self.begun && self.lives(&snapshot) => {
+                    self.begun = false;
+                    self.tried.clear();
+                }
                 Ok(Err(_)) | Err(_) => return Err(self.give_up(cx)),
             }
         }
@@ -216,6 +243,12 @@ impl Choice<'_> {
             .any(|(id, incarnation)| *id == node.id && *incarnation == node.incarnation)
     }
 
+    /// A node that was tried is still called ready.
+    fn lives(&self, fleet: &FleetSnapshot) -> bool {
+        let tried = |node: &NodeView| node.is_ready() && self.has_tried(node);
+        fleet.nodes().any(tried)
+    }
+
     /// A node that left and comes back gets another chance.
     fn forget_the_gone(&mut self, fleet: &FleetSnapshot) {
         let gone = self.tried.extract_if(.., |(id, incarnation)| {
@@ -232,6 +265,9 @@ impl Choice<'_> {
         if self.attempts >= MAX_ATTEMPTS {
             return None;
         }
+        if self.begun && self.lives(fleet) {
+            return Some(self.dying.map_or(patient, |until| until.min(patient)));
+        }
         let died = |(_, error): &(NodeId, LegError)| error.is_death();
         let returns = |node: &NodeView| !node.phase.is_terminal() && node.phase != Phase::Draining;
         let left = |id: &NodeId| fleet.node(id).is_some_and(returns);
@@ -246,19 +282,27 @@ impl Choice<'_> {
         self.dying.map(|until| until.min(patient))
     }
 
-    fn failed(&mut self, cx: &Context, pick: &Pick, error: LegError) {
+    fn failed(&mut self, cx: &Context, failed: Failed) {
+        let Failed {
+            node,
+            incarnation,
+            error,
+            begun,
+        } = failed;
         self.attempts += 1;
         if matches!(error, LegError::Connect(_)) {
-            cx.traffic.suspect(pick.node());
+            cx.traffic.suspect(&node);
         }
-        let forgivable = matches!(error, LegError::Transport(_)) && !self.forgiven;
+        let forgivable = matches!(error, LegError::Transport(_)) && !self.forgiven && !begun;
         if forgivable {
             self.forgiven = true;
         } else {
-            self.tried.push((pick.node().clone(), pick.incarnation));
+            self.tried.push((node.clone(), incarnation));
         }
-        self.dying = error.may_be_dying().then(|| Instant::now() + DYING);
-        self.last = Some((pick.node().clone(), error));
+        self.begun = begun;
+        let may_be_dying = begun || error.may_be_dying();
+        self.dying = may_be_dying.then(|| Instant::now() + DYING);
+        self.last = Some((node, error));
     }
 
     fn give_up(&mut self, cx: &Context) -> RouterError {

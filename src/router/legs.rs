@@ -195,6 +195,10 @@ impl CompleteReply {
         &self.body
     }
 
+    pub(super) fn excerpt(&self) -> String {
+        excerpt(&self.body)
+    }
+
     pub(super) fn into_response(self) -> http::Response<Body> {
         head(self.status, self.content_type, Body::from(self.body))
     }
@@ -338,7 +342,8 @@ async fn read_whole(body: reqwest::Body) -> Result<Bytes, LegError> {
     }
 }
 
-fn excerpt(text: &[u8]) -> String {
+/// The beginning of what a node said, for a message.
+pub(super) fn excerpt(text: &[u8]) -> String {
     let text = String::from_utf8_lossy(text);
     text.trim().chars().take(EXCERPT).collect()
 }

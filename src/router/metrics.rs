@@ -34,6 +34,12 @@ struct RetryLabels {
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ReplayLabels {
+    outcome: &'static str,
+    reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct LegLabels {
     leg: &'static str,
 }
@@ -98,6 +104,7 @@ pub struct RouterMetrics {
     retries: Family<RetryLabels, Counter>,
     fallbacks: Family<ReasonLabels, Counter>,
     cancellations: Family<StageLabels, Counter>,
+    replays: Family<ReplayLabels, Counter>,
     in_flight: Gauge,
     queued: Gauge,
 }
@@ -172,6 +179,12 @@ impl RouterMetrics {
             "Requests whose client went away, by what was being waited for",
             cancellations.clone(),
         );
+        let replays = Family::<ReplayLabels, Counter>::default();
+        registry.register(
+            "replays",
+            "Streams whose node failed after their first piece, and what became of them",
+            replays.clone(),
+        );
         let (in_flight, queued) = (Gauge::default(), Gauge::default());
         registry.register("in_flight", "Requests being served", in_flight.clone());
         registry.register("queued", "Requests that wait for a place", queued.clone());
@@ -187,6 +200,7 @@ impl RouterMetrics {
             retries,
             fallbacks,
             cancellations,
+            replays,
             in_flight,
             queued,
         }
@@ -213,6 +227,13 @@ impl RouterMetrics {
 
     pub(super) fn fallback(&self, reason: &'static str) {
         self.fallbacks.get_or_create(&ReasonLabels { reason }).inc();
+    }
+
+    /// A stream's node failed; what became of the stream.
+    pub(super) fn replay(&self, outcome: &'static str, reason: &'static str) {
+        self.replays
+            .get_or_create(&ReplayLabels { outcome, reason })
+            .inc();
     }
 
     pub(super) fn cancelled(&self, stage: &'static str) {

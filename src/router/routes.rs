@@ -36,8 +36,10 @@ use super::handoff::{Stage, prefill};
 use super::legs::{Caller, CompleteReply, Reply, Target, echo_id, head};
 use super::models::{self, Wanted};
 use super::observation::{Observation, Outcome};
+use super::replay::{Recipe, Refusal, Transcript};
+use super::reply::{Held, Origin, ReplyBody};
 use super::split::{Endpoint, WholeReason, never_split};
-use super::stream::{Held, Last, ReplyBody};
+use super::stream::Last;
 use super::{Call, Context, cors, keys, kv_ready, proxy};
 use crate::fleet::Role;
 
@@ -96,7 +98,7 @@ async fn chat(State(cx): Shared, request: Request) -> Response {
 
 pub(super) async fn serve(cx: Arc<Context>, endpoint: Endpoint, request: Request) -> Response {
     let (parts, body) = request.into_parts();
-    let caller = Caller::new(&parts.headers, endpoint, cx.keys.is_some());
+    let caller = Arc::new(Caller::new(&parts.headers, endpoint, cx.keys.is_some()));
     let access = Access::begin(cx.plan.access_log, &caller.id, &parts);
     let mut observation = Observation::start(&cx.metrics, endpoint, access);
     let (method, path) = (&parts.method, parts.uri.path_and_query());
@@ -113,13 +115,14 @@ pub(super) async fn serve(cx: Arc<Context>, endpoint: Endpoint, request: Request
         caller: &caller,
         body,
     };
+    let last = arrival.target.last;
     let answer = answer(&cx, arrival, &mut observation).await;
     let status = answer
         .as_ref()
         .map_or_else(RouterError::status, Answer::status);
     let timing = observation.commit(status);
     let mut response = match answer {
-        Ok(answer) => answer.commit(&cx, &caller, observation),
+        Ok(answer) => answer.commit(&cx, observation, last),
         Err(error) => {
             observation.finish(Outcome::of(status));
             error.response(&caller.id)
@@ -136,18 +139,22 @@ pub(super) async fn serve(cx: Arc<Context>, endpoint: Endpoint, request: Request
 struct Arrival<'a> {
     endpoint: Endpoint,
     target: Target<'a>,
-    caller: &'a Caller,
+    caller: &'a Arc<Caller>,
     body: Body,
 }
 
 /// Everything that is known when the first piece of an answer is there.
 enum Answer {
     Rejected(CompleteReply),
-    Delivered {
-        delivery: Delivery,
-        prefill: Option<super::handoff::Background>,
-        permit: super::admission::Permit,
-    },
+    Delivered(Box<Delivered>),
+}
+
+struct Delivered {
+    delivery: Delivery,
+    prefill: Option<super::handoff::Background>,
+    permit: super::admission::Permit,
+    origin: Origin,
+    transcript: Option<Result<Transcript, Refusal>>,
 }
 
 async fn answer(
@@ -183,6 +190,7 @@ async fn answer(
         (!cx.fleet.borrow().can_split_for(model)).then_some(WholeReason::NoPair)
     });
     observation.takes_path(whole);
+    let transcript = transcript(cx, arrival.endpoint, &fields);
     let call = Call {
         target: arrival.target,
         caller: arrival.caller,
@@ -190,46 +198,69 @@ async fn answer(
         fields: &fields,
         original: &original,
         timeline: &observation.timeline,
+        asks_ids: matches!(transcript, Some(Ok(_))),
     };
-    let (delivery, prefill) = match whole {
-        Some(reason) => (deliver(cx, &call, Task::Whole(reason)).await?, None),
+    let (delivery, prefill, pool) = match whole {
+        Some(reason) => {
+            let delivery = deliver(cx, &call, Task::Whole(reason), None).await?;
+            (delivery, None, None)
+        }
         None => match prefill(cx, &call).await {
             Stage::Rejected(reply) => {
                 call.timeline.first_piece();
                 return Ok(Answer::Rejected(reply));
             }
             Stage::Decode(prefilled) => {
-                let delivery = deliver(cx, &call, Task::Decode(&prefilled)).await?;
-                (delivery, prefilled.background)
+                let delivery = deliver(cx, &call, Task::Decode(&prefilled), None).await?;
+                (delivery, prefilled.background, prefilled.pool)
             }
         },
     };
-    Ok(Answer::Delivered {
+    Ok(Answer::Delivered(Box::new(Delivered {
         delivery,
         prefill,
         permit,
-    })
+        origin: Origin {
+            caller: arrival.caller.clone(),
+            whole,
+            pool,
+            model: wanted.model.as_deref().map(Arc::from),
+        },
+        transcript,
+    })))
+}
+
+/// Of an answer that may go on elsewhere. `None`: it is no stream, or it is not wanted.
+fn transcript(
+    cx: &Context,
+    endpoint: Endpoint,
+    fields: &Fields<'_>,
+) -> Option<Result<Transcript, Refusal>> {
+    let recipe = Recipe::of(endpoint, fields).filter(|_| cx.plan.replay)?;
+    Some(recipe.map(Transcript::new))
 }
 
 impl Answer {
     fn status(&self) -> StatusCode {
         match self {
             Self::Rejected(reply) => reply.status,
-            Self::Delivered { delivery, .. } => match &delivery.reply {
+            Self::Delivered(delivered) => match &delivered.delivery.reply {
                 Reply::Complete(reply) => reply.status,
                 Reply::Streamed(reply) => reply.status,
             },
         }
     }
 
-    fn commit(self, cx: &Context, caller: &Caller, mut observation: Observation) -> Response {
-        let (delivery, prefill, permit) = match self {
+    fn commit(self, cx: &Arc<Context>, mut observation: Observation, last: Last) -> Response {
+        let Delivered {
+            delivery,
+            prefill,
+            permit,
+            origin,
+            transcript,
+        } = match self {
             Self::Rejected(reply) => return complete(reply, observation),
-            Self::Delivered {
-                delivery,
-                prefill,
-                permit,
-            } => (delivery, prefill, permit),
+            Self::Delivered(delivered) => *delivered,
         };
         match delivery.reply {
             Reply::Complete(reply) => {
@@ -245,10 +276,10 @@ impl Answer {
                     pick: delivery.pick,
                     prefill,
                     observation,
-                    id: caller.id.clone(),
+                    origin,
+                    transcript,
                 };
-                let timeout = cx.plan.chunk_timeout;
-                let body = ReplyBody::new(reply.first, reply.rest, held, timeout);
+                let body = ReplyBody::new(cx.clone(), reply.first, reply.rest, last, held);
                 head(reply.status, reply.content_type, Body::new(body))
             }
         }

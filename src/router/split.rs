@@ -116,10 +116,18 @@ pub(super) fn prefill_body(fields: &Fields<'_>, handoff: &HandoffId) -> Bytes {
     write_leg(fields, handoff, Leg::Prefill)
 }
 
+/// Makes vLLM tell the ids of an answer's tokens.
+const ASK_IDS: &str = "return_token_ids";
+
 /// The decode leg's body: the client's, marked with the hand-off. `params`: what the prefill node's
-/// connector has to say to this one's, a JSON object.
-pub(super) fn decode_body(fields: &Fields<'_>, handoff: &HandoffId, params: Option<&str>) -> Bytes {
-    write_leg(fields, handoff, Leg::Decode { params })
+/// connector has to say to this one's, a JSON object. `asks_ids`: see [`super::replay`].
+pub(super) fn decode_body(
+    fields: &Fields<'_>,
+    handoff: &HandoffId,
+    params: Option<&str>,
+    asks_ids: bool,
+) -> Bytes {
+    write_leg(fields, handoff, Leg::Decode { params, asks_ids })
 }
 
 /// A prefill node's words to decode, out of its reply: a JSON object.
@@ -130,40 +138,55 @@ pub(super) fn kv_transfer_params(reply: &[u8]) -> Option<String> {
 }
 
 /// The body for a node that serves the request alone: the client's own bytes, unless they would
-/// steer KV, hold a key twice or name an alias.
-pub(super) fn whole_body(fields: &Fields<'_>, original: &Bytes) -> Bytes {
-    if !fields.differ() && !fields.iter().any(|(key, raw)| steers_kv(key, raw)) {
+/// steer KV, hold a key twice or name an alias, or ids are asked for.
+pub(super) fn whole_body(fields: &Fields<'_>, original: &Bytes, asks_ids: bool) -> Bytes {
+    let steers = || fields.iter().any(|(key, raw)| steers_kv(key, raw));
+    if !asks_ids && !fields.differ() && !steers() {
         return original.clone();
     }
-    let mut writer = ObjectWriter::with_capacity(original.len());
-    for (key, raw) in fields.iter() {
-        write_client_field(&mut writer, key, raw);
-    }
+    let mut writer = ObjectWriter::with_capacity(original.len() + 32);
+    write_client_fields(&mut writer, fields, asks_ids);
     writer.finish()
+}
+
+fn write_client_fields(writer: &mut ObjectWriter, fields: &Fields<'_>, asks_ids: bool) {
+    for (key, raw) in fields.iter() {
+        if !(asks_ids && key == ASK_IDS) {
+            write_client_field(writer, key, raw);
+        }
+    }
+    if asks_ids {
+        writer.field(ASK_IDS, "true");
+    }
 }
 
 #[derive(Clone, Copy)]
 enum Leg<'a> {
     Prefill,
-    Decode { params: Option<&'a str> },
+    Decode {
+        params: Option<&'a str>,
+        asks_ids: bool,
+    },
 }
 
 fn write_leg(fields: &Fields<'_>, handoff: &HandoffId, leg: Leg<'_>) -> Bytes {
     let size = fields.iter().map(|(key, raw)| key.len() + raw.len() + 4);
     let mut writer = ObjectWriter::with_capacity(size.sum::<usize>() + 160);
-    for (key, raw) in fields.iter() {
-        match leg {
-            Leg::Decode { .. } => write_client_field(&mut writer, key, raw),
-            Leg::Prefill => match on_prefill(key, raw) {
-                OnPrefill::Keep => write_client_field(&mut writer, key, raw),
-                OnPrefill::Set(value) => writer.field(key, value),
-                OnPrefill::Drop => {}
-            },
-        }
-    }
     let (name, params) = match leg {
-        Leg::Prefill => ("prefill", None),
-        Leg::Decode { params } => ("decode", params),
+        Leg::Decode { params, asks_ids } => {
+            write_client_fields(&mut writer, fields, asks_ids);
+            ("decode", params)
+        }
+        Leg::Prefill => {
+            for (key, raw) in fields.iter() {
+                match on_prefill(key, raw) {
+                    OnPrefill::Keep => write_client_field(&mut writer, key, raw),
+                    OnPrefill::Set(value) => writer.field(key, value),
+                    OnPrefill::Drop => {}
+                }
+            }
+            ("prefill", None)
+        }
     };
     if matches!(leg, Leg::Prefill) && !OUTPUT_LIMITS.iter().any(|key| fields.get(key).is_some()) {
         writer.field("max_tokens", "1");

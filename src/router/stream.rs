@@ -1,29 +1,23 @@
-//! A node's event stream on its way to the client.
+//! A node's event stream.
 //!
 //! ```text
-//! chunks ─▶ whole events only ─▶ client          upstream ends after [DONE]: the end
-//!              (a partial one waits)             ends, breaks or falls silent before: error event
+//! chunks ─▶ whole events only          upstream ends after [DONE]: the end
+//!              (a partial one waits)   ends or breaks before, or says that it failed: an error
 //! ```
 //!
 //! What says nothing yet (the role of a chat) waits for the first piece of the answer: until then the
-//! request can still go to another node. After that nothing is read ahead: the next chunk is asked for when the client took the last one. Because
-//! only whole events go out, an error event never lands inside another event.
+//! request can still go to another node. Because only whole events go out, an error event never lands
+//! inside another event. What the client gets of them: see [`super::reply`].
 
 mod opening;
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http_body::{Body, Frame};
-use tokio::time::{Instant, Sleep, sleep};
+use http_body::Body;
 
-use super::balance::Pick;
-use super::error::error_event;
-use super::legs::LegError;
-use super::observation::{Observation, Outcome};
+use super::legs::{LegError, excerpt};
 
 /// Bytes of one event.
 const MAX_EVENT: usize = 16 << 20;
@@ -51,6 +45,8 @@ pub(super) enum Last {
 pub(super) struct EventStream {
     upstream: reqwest::Body,
     splitter: Splitter,
+    /// The node said so after events that went out.
+    failure: Option<LegError>,
 }
 
 impl EventStream {
@@ -58,7 +54,13 @@ impl EventStream {
         Self {
             upstream,
             splitter: Splitter::new(last),
+            failure: None,
         }
+    }
+
+    /// `[DONE]` has gone out.
+    pub(super) fn is_done(&self) -> bool {
+        self.splitter.done
     }
 
     /// Waits for the first events that say something, and returns them with what came before. A
@@ -90,7 +92,28 @@ impl EventStream {
     }
 
     /// `None`: the stream ended as it should.
-    fn poll_events(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, LegError>>> {
+    pub(super) fn poll_events(
+        &mut self,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Bytes, LegError>>> {
+        if let Some(failure) = self.failure.take() {
+            return Poll::Ready(Some(Err(failure)));
+        }
+        let events = ready!(self.poll_chunk(cx));
+        let Some(Ok(events)) = events else {
+            return Poll::Ready(events);
+        };
+        let Some((before, failure)) = self.splitter.failure(&events) else {
+            return Poll::Ready(Some(Ok(events)));
+        };
+        if before == 0 {
+            return Poll::Ready(Some(Err(failure)));
+        }
+        self.failure = Some(failure);
+        Poll::Ready(Some(Ok(events.slice(..before))))
+    }
+
+    fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Bytes, LegError>>> {
         loop {
             let frame = ready!(Pin::new(&mut self.upstream).poll_frame(cx));
             let events = match frame {
@@ -145,6 +168,23 @@ impl Splitter {
         }
         self.done = ends_with_done(&events);
         Ok(Some(events))
+    }
+
+    /// A node whose engine dies says so in an event, and ends the stream as if it were whole. Returns
+    /// where that event begins. What is the client's mistake is the client's to read.
+    fn failure(&mut self, events: &[u8]) -> Option<(usize, LegError)> {
+        if self.last != Last::Done || memchr::memmem::find(events, b"\"error\"").is_none() {
+            return None;
+        }
+        let mut at = 0;
+        for line in events.split_inclusive(|byte| *byte == b'\n') {
+            if error_code(line).is_some_and(|code| !(400..500).contains(&code)) {
+                self.done = false;
+                return Some((at, LegError::InStream(excerpt(line))));
+            }
+            at += line.len();
+        }
+        None
     }
 
     /// After the last chunk. `Ok(None)`: the stream was complete.
@@ -212,129 +252,6 @@ fn error_code(events: &[u8]) -> Option<u64> {
         ),
         None if event.object == "error" => Some(event.code.unwrap_or(0)),
         None => None,
-    }
-}
-
-/// What a streamed request holds until its end.
-pub(super) struct Held {
-    pub(super) permit: super::admission::Permit,
-    pub(super) pick: Pick,
-    pub(super) prefill: Option<super::handoff::Background>,
-    pub(super) observation: Observation,
-    /// What the client knows the request by.
-    pub(super) id: Arc<str>,
-}
-
-/// A timer that ends so late was not looked at.
-const OVERSLEPT: Duration = Duration::from_secs(1);
-
-/// The client's end of a stream. Dropped early, it aborts the upstream.
-pub(super) struct ReplyBody {
-    first: Option<Bytes>,
-    running: Option<(EventStream, Held)>,
-    silence: Pin<Box<Sleep>>,
-    /// The timer runs since we asked for a chunk, not since the last one: a slow client is not a
-    /// silent node.
-    armed: bool,
-    chunk_timeout: Duration,
-}
-
-impl ReplyBody {
-    pub(super) fn new(
-        first: Bytes,
-        rest: EventStream,
-        held: Held,
-        chunk_timeout: Duration,
-    ) -> Self {
-        Self {
-            first: Some(first),
-            running: Some((rest, held)),
-            silence: Box::pin(sleep(chunk_timeout)),
-            armed: false,
-            chunk_timeout,
-        }
-    }
-
-    fn end(&mut self, outcome: Outcome) {
-        if let Some((_, held)) = self.running.take() {
-            if let (Some(prefill), Outcome::Ok) = (held.prefill, outcome) {
-                prefill.detach();
-            }
-            held.observation.finish(outcome);
-            drop((held.pick, held.permit));
-        }
-    }
-
-    fn poll_silence(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if !self.armed {
-            self.silence
-                .as_mut()
-                .reset(Instant::now() + self.chunk_timeout);
-            self.armed = true;
-        }
-        ready!(self.silence.as_mut().poll(cx));
-        if Instant::now() < self.silence.deadline() + OVERSLEPT {
-            return Poll::Ready(());
-        }
-        // pegaflow itself stood still (SIGSTOP, a frozen container), and what the node said is still unread.
-        self.silence
-            .as_mut()
-            .reset(Instant::now() + self.chunk_timeout);
-        self.silence.as_mut().poll(cx)
-    }
-}
-
-impl Drop for ReplyBody {
-    fn drop(&mut self) {
-        // Some clients hang up on [DONE], without waiting for the end of the body.
-        if let Some((stream, _)) = &self.running
-            && stream.splitter.done
-            && self.first.is_none()
-        {
-            self.end(Outcome::Ok);
-        }
-    }
-}
-
-impl Body for ReplyBody {
-    type Data = Bytes;
-    type Error = std::convert::Infallible;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        let this = self.get_mut();
-        if let Some(first) = this.first.take() {
-            return Poll::Ready(Some(Ok(Frame::data(first))));
-        }
-        let Some((stream, held)) = &mut this.running else {
-            return Poll::Ready(None);
-        };
-        let last = stream.splitter.last;
-        let error = match stream.poll_events(cx) {
-            Poll::Ready(Some(Ok(events))) => {
-                this.armed = false;
-                held.observation.piece(&events);
-                return Poll::Ready(Some(Ok(Frame::data(events))));
-            }
-            Poll::Ready(None) => {
-                this.end(Outcome::Ok);
-                return Poll::Ready(None);
-            }
-            Poll::Ready(Some(Err(error))) => error,
-            Poll::Pending => {
-                ready!(this.poll_silence(cx));
-                LegError::ChunkTimeout(this.chunk_timeout)
-            }
-        };
-        let Some((_, held)) = &this.running else {
-            return Poll::Ready(None);
-        };
-        tracing::warn!(node = %held.pick.node(), id = %held.id, %error, "a stream broke off");
-        let event = error_event(&error, last, &held.id);
-        this.end(Outcome::BrokenOff);
-        Poll::Ready(Some(Ok(Frame::data(event))))
     }
 }
 

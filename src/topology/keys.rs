@@ -154,6 +154,7 @@ pub(super) const ROUTER: Table = Table {
         key("queue_timeout", DurationOrZero, Is("\"60s\""), "How long a request waits; \"0s\" for not at all."),
         key("drain_timeout", DurationOrZero, Is("\"30s\""), "After Ctrl-C, how long running requests may finish."),
         key("access_log", Boolean, Is("false"), "One line in the log for every request, at level info; else at debug."),
+        key("replay", Boolean, Is("true"), "A stream whose node fails goes on at another one, where its rest can be the same."),
     ],
 };
 

@@ -266,6 +266,7 @@ fn router(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RouterSettings {
         access_log: section
             .get("access_log", boolean)
             .unwrap_or(default.access_log),
+        replay: section.get("replay", boolean).unwrap_or(default.replay),
     }
 }
 

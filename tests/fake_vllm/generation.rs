@@ -114,9 +114,9 @@ impl Generation {
         if self.server.is_dead() {
             return Err(EngineDead);
         }
-        let (_, model) = self.current.as_ref().unwrap();
+        let (_, model) = self.current.as_mut().unwrap();
         let (choice, position) = (self.choice, self.position);
-        let mut token = model.token(position);
+        let mut token = model.token();
         if script.batch_noise && self.server.counters.running.load(Ordering::Relaxed) > 1 {
             token.logprob -= 1e-3;
         }

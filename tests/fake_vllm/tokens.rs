@@ -67,33 +67,38 @@ impl Token {
     }
 }
 
-/// The model: a pure function of the prompt, the choice's number and the position. `wrong` is a
-/// model that attended to wrong KV.
+/// The model: a pure function of the prompt with what it has generated so far, and the choice's number. `wrong`
+/// is a model that attended to wrong KV.
 #[derive(Debug)]
 pub struct Model {
-    seed: [u8; 32],
+    text: Sha256,
+    choice: usize,
+    wrong: bool,
 }
 
 impl Model {
     pub fn new(prompt: &[u32], choice: usize, wrong: bool) -> Self {
-        let mut hash = Sha256::new();
+        let mut text = Sha256::new();
         for id in prompt {
-            hash.update(id.to_le_bytes());
+            text.update(id.to_le_bytes());
         }
-        hash.update(choice.to_le_bytes());
-        hash.update([u8::from(wrong)]);
         Self {
-            seed: hash.finalize().into(),
+            text,
+            choice,
+            wrong,
         }
     }
 
-    pub fn token(&self, position: usize) -> Token {
-        let mut hash = Sha256::new();
-        hash.update(self.seed);
-        hash.update(position.to_le_bytes());
+    /// The next token.
+    pub fn token(&mut self) -> Token {
+        let mut hash = self.text.clone();
+        hash.update(self.choice.to_le_bytes());
+        hash.update([u8::from(self.wrong)]);
         let bytes: [u8; 32] = hash.finalize().into();
+        let id = u32::from(u16::from_le_bytes([bytes[0], bytes[1]]));
+        self.text.update(id.to_le_bytes());
         Token {
-            id: u32::from(u16::from_le_bytes([bytes[0], bytes[1]])),
+            id,
             logprob: -f64::from(bytes[2]) / 64.0,
         }
     }

@@ -76,6 +76,7 @@ max_in_flight = 6
 max_queue = 0
 queue_timeout = "0s"
 drain_timeout = "8s"
+replay = false
 [supervisor]
 start_timeout = "1m"
 health_interval = "2s"
@@ -143,6 +144,7 @@ tensor_parallel = 2
         (router.max_body, router.max_in_flight, router.max_queue),
         (5 << 20, 6, 0)
     );
+    assert!(!router.replay);
     let supervisor = &topology.supervisor;
     let seconds = [
         supervisor.start_timeout,

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use crate::census::{Census, Resident};
 use crate::kills::{Victim, pid_of};
 use crate::support::client::{Answer, Ending, generate, is_proven, metric};
-use crate::support::load::{Expected, MayBreak, check, mixed};
+use crate::support::load::{Expected, check, mixed};
 use crate::support::{self, HANG, Pegaflow, Site, send};
 
 const NODES: [&str; 2] = ["prefill", "decode"];
@@ -182,11 +182,7 @@ impl Cycles<'_> {
         }
         let answers = running.join_all().await;
         self.count(&answers);
-        let may_break = match node {
-            "decode" => MayBreak::BegunStreams,
-            _ => MayBreak::Nothing,
-        };
-        check(&answers, may_break);
+        check(&answers);
         self.resident.push(Resident::of(self.up.pid()));
     }
 

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::kills::{Victim, pid_of};
 use crate::support::client::{Ending, completion, generate, is_proven, streamed};
-use crate::support::load::{Load, MayBreak, check, mixed};
+use crate::support::load::{Load, check, mixed};
 use crate::support::{self, Pegaflow, Site, send};
 use crate::wait_until;
 
@@ -141,7 +141,7 @@ async fn a_node_that_is_only_slow_is_never_restarted() {
         tokio::time::sleep(Duration::from_millis(1500)).await;
     }
     site.script(&slow.to_string());
-    check(&load.finish().await, MayBreak::Nothing);
+    check(&load.finish().await);
     for node in ["prefill", "decode"] {
         let view = up.node(node).await;
         assert_eq!(view["restarts"], 0, "{view}");

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::commands::{node, refused, said, status, told};
 use crate::support::client::{Ending, completion, generate, is_proven, streamed};
-use crate::support::load::{Expected, Load, MayBreak, check};
+use crate::support::load::{Expected, Load, check};
 use crate::support::{self, HANG, Pegaflow, Site, send};
 use crate::wait_until;
 
@@ -52,7 +52,7 @@ async fn a_rolling_restart_under_load_loses_no_request() {
         told(&site, &["restart", "--rolling", role, "--limit", "30s"]).await;
     }
     let answers = load.finish().await;
-    check(&answers, MayBreak::Nothing);
+    check(&answers);
     assert!(answers.len() >= 30, "only {} requests", answers.len());
     for name in ["d-0", "d-1", "p"] {
         let view = up.node(name).await;
@@ -76,7 +76,7 @@ async fn the_last_node_of_a_role_is_restarted_with_a_word_and_loses_no_request()
         assert!(said.contains(means), "{said}");
         assert!(!said.contains("--rolling"), "{said}");
     }
-    check(&load.finish().await, MayBreak::Nothing);
+    check(&load.finish().await);
     up.stop().await;
 
     // Nothing is left meanwhile: requests wait for it.
@@ -91,7 +91,7 @@ async fn the_last_node_of_a_role_is_restarted_with_a_word_and_loses_no_request()
     let said = said(&site, &["restart", "unified", "--limit", "30s"]).await;
     assert!(said.contains("requests wait"), "{said}");
     assert!(said.contains("--rolling"), "{said}");
-    check(&load.finish().await, MayBreak::Nothing);
+    check(&load.finish().await);
     up.stop().await;
 }
 

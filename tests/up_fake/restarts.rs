@@ -6,7 +6,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::support::client::is_proven;
-use crate::support::load::{Load, MayBreak, check, mixed};
+use crate::support::load::{Load, check, mixed};
 use crate::support::{self, Pegaflow, Site, send};
 
 const KILLS: u32 = 10;
@@ -95,6 +95,6 @@ async fn a_busy_partner_is_no_reason_to_refuse_a_node_that_comes_back() {
         .await;
     let why = view["reason"].as_str().unwrap();
     assert!(why.contains("give different answers"), "{why}");
-    check(&load.finish().await, MayBreak::Nothing);
+    check(&load.finish().await);
     up.stop().await;
 }

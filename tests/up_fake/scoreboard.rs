@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::kills::{Victim, pid_of};
 use crate::support::client::{is_proven, metric};
-use crate::support::load::{Load, MayBreak, check, mixed};
+use crate::support::load::{Load, check, mixed};
 use crate::support::{self, Pegaflow, Site, send};
 
 /// Kills of each kind and node.
@@ -103,11 +103,7 @@ async fn deaths_are_seen_and_made_up_for_in_time() {
                 let pause = 150 + u64::from(round) * 97;
                 tokio::time::sleep(Duration::from_millis(pause)).await;
                 board.kill(&up, node, victim).await;
-                let may_break = match node {
-                    "decode" => MayBreak::BegunStreams,
-                    _ => MayBreak::Nothing,
-                };
-                check(&load.finish().await, may_break);
+                check(&load.finish().await);
             }
         }
     }
@@ -233,7 +229,7 @@ async fn saturated_nodes_are_never_restarted() {
         queued += u32::from(metric(&metrics, "pegaflow_router_queued ") >= 16.0);
     }
     let answers = load.finish().await;
-    check(&answers, MayBreak::Nothing);
+    check(&answers);
     let slowest = answers.iter().map(|(_, answer)| answer.total).max();
     eprintln!(
         "{} requests in {:?}, the slowest {slowest:?}; of {looks} looks, all slots busy {busy}, a queue in the \

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::support::client::{Ending, chat, completion, generate, metric, streamed};
-use crate::support::load::{MayBreak, check, mixed};
+use crate::support::load::{check, mixed};
 use crate::support::{self, HANG, Site};
 
 /// Far below every timeout in the topology: a request that waited for one is seen.
@@ -96,7 +96,7 @@ async fn two_hundred_concurrent_requests_each_get_their_own_answer() {
         answers.push(task.await.unwrap());
     }
     assert_eq!(answers.len(), 200);
-    check(&answers, MayBreak::Nothing);
+    check(&answers);
     let after = seen().await;
     let seen = (after.0 - before.0, after.1 - before.1);
     assert_eq!(

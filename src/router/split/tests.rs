@@ -10,12 +10,12 @@ fn prefill(body: &str) -> Value {
 
 fn decode(body: &str) -> Value {
     let fields = Fields::parse(body.as_bytes()).unwrap();
-    serde_json::from_slice(&decode_body(&fields, &"h".into(), None)).unwrap()
+    serde_json::from_slice(&decode_body(&fields, &"h".into(), None, false)).unwrap()
 }
 
 fn whole(body: &'static str) -> Bytes {
     let original = Bytes::from_static(body.as_bytes());
-    whole_body(&Fields::parse(&original).unwrap(), &original)
+    whole_body(&Fields::parse(&original).unwrap(), &original, false)
 }
 
 fn reason(endpoint: Endpoint, body: &str) -> Option<WholeReason> {
@@ -234,8 +234,8 @@ proptest! {
         let fields = Fields::parse(&original).unwrap();
         let legs = [
             prefill_body(&fields, &"h".into()),
-            decode_body(&fields, &"h".into(), None),
-            whole_body(&fields, &original),
+            decode_body(&fields, &"h".into(), None, false),
+            whole_body(&fields, &original, false),
         ];
         for (index, leg) in legs.iter().enumerate() {
             let sent = Fields::parse(leg).unwrap();
@@ -263,7 +263,7 @@ fn what_prefill_s_connector_says_reaches_decode_s_and_nothing_else_does() {
     let params = kv_transfer_params(reply).unwrap();
     let body = br#"{"prompt":"a","kv_transfer_params":{"remote_host":"evil"}}"#;
     let fields = Fields::parse(body).unwrap();
-    let sent = decode_body(&fields, &"h".into(), Some(&params));
+    let sent = decode_body(&fields, &"h".into(), Some(&params), false);
     let sent: Value = serde_json::from_slice(&sent).unwrap();
     let mark = json!({"handoff": "h", "leg": "decode"});
     let expected = json!({"remote_block_ids": [1, 2], "pegaflow": mark});
@@ -276,4 +276,16 @@ fn what_prefill_s_connector_says_reaches_decode_s_and_nothing_else_does() {
     ] {
         assert_eq!(kv_transfer_params(silent), None);
     }
+}
+
+#[test]
+fn ids_are_asked_for_once() {
+    let original = Bytes::from_static(br#"{"prompt":"x","return_token_ids":false}"#);
+    let fields = Fields::parse(&original).unwrap();
+    let expected = br#"{"prompt":"x","return_token_ids":true}"#;
+    assert_eq!(whole_body(&fields, &original, true), &expected[..]);
+    let sent = decode_body(&fields, &"h".into(), None, true);
+    let sent: Value = serde_json::from_slice(&sent).unwrap();
+    assert_eq!(sent["return_token_ids"], true);
+    assert_eq!(whole_body(&fields, &original, false), original);
 }

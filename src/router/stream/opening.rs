@@ -4,10 +4,12 @@
 //! sent. A client that got it has got nothing, but it could not be answered by another node any more.
 //! So such events wait for the first one that says something.
 
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
-/// Bytes that wait at most: more than the roles of the most choices that a request can ask for.
-pub const MOST: usize = 1 << 20;
+/// Bytes that wait at most: more than the roles of the most choices that a request can ask for, and than
+/// the ids of a prompt of a million tokens.
+pub const MOST: usize = 8 << 20;
 
 /// Every event names choices without a single piece of an answer.
 pub fn says_nothing(events: &[u8]) -> bool {
@@ -18,13 +20,16 @@ pub fn says_nothing(events: &[u8]) -> bool {
     lines.peek().is_some() && lines.all(is_bare)
 }
 
+/// The rest of it, a prompt's ids among them, is skipped.
+#[derive(Deserialize)]
+struct Event {
+    choices: Vec<Value>,
+}
+
 fn is_bare(line: &[u8]) -> bool {
     let json = line.strip_prefix(b"data:").map(<[u8]>::trim_ascii);
-    let event: Option<Value> = json.and_then(|json| serde_json::from_slice(json).ok());
-    let choices = event
-        .as_ref()
-        .and_then(|event| event.get("choices")?.as_array());
-    choices.is_some_and(|choices| !choices.is_empty() && choices.iter().all(is_bare_choice))
+    let event: Option<Event> = json.and_then(|json| serde_json::from_slice(json).ok());
+    event.is_some_and(|event| !event.choices.is_empty() && event.choices.iter().all(is_bare_choice))
 }
 
 /// Whatever is there but the choice's number and its role is empty, known to us or not.
