@@ -164,6 +164,8 @@ pub struct NodeView {
     pub role: Role,
     /// Only nodes of one pool hand off to each other.
     pub pool: Arc<str>,
+    /// How much it can do beside others; at least 1.
+    pub weight: u32,
     pub addr: SocketAddr,
     #[serde(flatten)]
     pub phase: Phase,
@@ -201,6 +203,7 @@ impl NodeView {
             id,
             role,
             pool: DEFAULT_POOL.into(),
+            weight: 1,
             addr,
             phase: Phase::Pending,
             trust,
@@ -223,6 +226,10 @@ impl NodeView {
             node.trust = KvTrust::Assumed;
         }
         node
+    }
+
+    pub fn weighing(self, weight: u32) -> Self {
+        Self { weight, ..self }
     }
 
     pub fn in_pool(self, pool: &str) -> Self {
@@ -299,7 +306,7 @@ pub struct FleetSnapshot {
 }
 
 impl FleetSnapshot {
-    pub fn nodes(&self) -> impl Iterator<Item = &NodeView> {
+    pub fn nodes(&self) -> impl Iterator<Item = &NodeView> + Clone {
         self.nodes.values()
     }
 
@@ -307,7 +314,7 @@ impl FleetSnapshot {
         self.nodes.get(id)
     }
 
-    pub fn ready(&self, role: Role) -> impl Iterator<Item = &NodeView> {
+    pub fn ready(&self, role: Role) -> impl Iterator<Item = &NodeView> + Clone {
         self.nodes()
             .filter(move |node| node.role == role && node.is_ready())
     }

@@ -73,6 +73,8 @@ pub struct ExternalNode {
     pub role: Role,
     /// Whose KV it may load.
     pub pool: String,
+    /// How much it can do beside others.
+    pub weight: u32,
     pub url: NodeUrl,
 }
 
@@ -85,6 +87,8 @@ pub struct NodePlan {
     pub served_model: String,
     /// Whose KV it may load.
     pub pool: String,
+    /// How much it can do beside others.
+    pub weight: u32,
     pub addr: SocketAddr,
     /// GPU indices in PCI bus order; empty on CPU.
     pub gpus: Vec<u32>,
@@ -274,6 +278,7 @@ fn others(topology: &Topology) -> Vec<ExternalNode> {
                 id: settings.name.as_str().into(),
                 role: settings.role,
                 pool: settings.pool.clone(),
+                weight: settings.weight,
                 url: settings.url.clone()?,
             })
         })
@@ -316,6 +321,7 @@ mod tests {
             pool: crate::fleet::DEFAULT_POOL.to_owned(),
             url: None,
             model: None,
+            weight: 1,
             count: 1,
             gpus: GpuRequest::Auto,
             cpus: CpuRequest::Auto,

@@ -22,9 +22,13 @@
 
 mod access;
 mod admission;
+mod affinity;
 mod balance;
 mod body;
+mod breaker;
+mod budget;
 mod cors;
+mod demand;
 mod dispatch;
 mod error;
 mod handoff;
@@ -44,6 +48,7 @@ mod split;
 mod stream;
 mod timeline;
 mod tls;
+mod worth;
 
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -163,6 +168,9 @@ struct Context {
     metrics: RouterMetrics,
     registry: Arc<Registry>,
     traffic: Traffic,
+    affinity: affinity::Affinity,
+    breakers: breaker::Breakers,
+    retries: budget::RetryBudget,
     admission: admission::Admission,
     client: legs::Client,
     /// Prefill replies that are read after their hand-off.
@@ -181,6 +189,9 @@ impl Context {
             admission: admission::Admission::new(&deps.plan, &deps.metrics),
             client: legs::Client::new(&deps.plan, deps.node_key.as_ref())
                 .map_err(RouterError::Client)?,
+            affinity: affinity::Affinity::default(),
+            breakers: breaker::Breakers::new(&deps.metrics),
+            retries: budget::RetryBudget::new(deps.plan.max_in_flight),
             background: TaskTracker::new(),
             stop: CancellationToken::new(),
             draining: shutdown.graceful().clone(),
@@ -205,6 +216,7 @@ struct Call<'a> {
     model: Option<&'a str>,
     fields: &'a body::Fields<'a>,
     original: &'a Bytes,
+    demand: &'a demand::Demand<'a>,
     timeline: &'a timeline::Timeline,
     /// See [`replay`].
     asks_ids: bool,

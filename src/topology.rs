@@ -214,6 +214,12 @@ pub struct RouterSettings {
     pub access_log: bool,
     /// A stream whose node fails goes on at another one.
     pub replay: bool,
+    /// The client's header that names its session, in lower case; `None`: there are no sessions.
+    pub session_header: Option<String>,
+    /// Prompts of fewer tokens are not split.
+    pub split_min_tokens: u64,
+    /// Tokens that every prefill node has to do before an idle decode node computes a prompt itself; 0: it never does.
+    pub split_max_backlog: u64,
 }
 
 impl Default for RouterSettings {
@@ -239,6 +245,9 @@ impl Default for RouterSettings {
             drain_timeout: seconds(30),
             access_log: false,
             replay: true,
+            session_header: Some("x-session-id".to_owned()),
+            split_min_tokens: 0,
+            split_max_backlog: 65_536,
         }
     }
 }
@@ -303,6 +312,8 @@ pub struct NodeSettings {
     pub url: Option<NodeUrl>,
     /// `None`: the topology's.
     pub model: Option<NodeModel>,
+    /// How much it can do beside other nodes of its role.
+    pub weight: u32,
     /// Replicas, at least one.
     pub count: u32,
     pub gpus: GpuRequest,

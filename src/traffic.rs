@@ -1,5 +1,5 @@
-//! Which node has how many requests of clients, and which takes none for now: shared by the router,
-//! which sends them, and the supervisor, which waits for them before it stops a node.
+//! Which node has how many requests of clients, of about how many tokens, and which takes none for now: shared by
+//! the router, which sends them, and the supervisor, which waits for them before it stops a node.
 //!
 //! ```text
 //! router:      choose ─▶ Passage (counted) ─▶ dropped with the request's last byte
@@ -9,9 +9,14 @@
 //! Choosing looks whether a node is closed, and counts, under one lock: after [`Traffic::close`] has
 //! returned the node's count cannot grow, whatever picture of the fleet the router still holds.
 
+mod choice;
+
 use std::collections::BTreeMap;
+use std::hash::BuildHasher;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use foldhash::fast::FixedState;
+use serde::Serialize;
 use tokio::sync::Notify;
 
 use crate::fleet::{NodeId, NodeView};
@@ -41,10 +46,39 @@ struct Loads {
 #[derive(Debug, Default, Clone, Copy)]
 struct Load {
     in_flight: usize,
+    /// Of those, by estimate.
+    tokens: u64,
     /// When it was chosen last, in choices.
     turn: u64,
     closed: bool,
     suspect: bool,
+}
+
+/// What a request asks of a node.
+#[derive(Debug, Clone, Default)]
+pub struct Ask {
+    /// About how many, for as long as it is there.
+    pub tokens: u64,
+    /// A hash of its session, if it has one.
+    pub session: Option<u64>,
+    pub warm: Option<Warm>,
+}
+
+/// A node that holds the beginning of a prompt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Warm {
+    pub node: NodeId,
+    pub incarnation: u64,
+    /// That it need not compute again.
+    pub tokens: u64,
+}
+
+/// What a node has in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct NodeLoad {
+    pub requests: usize,
+    /// By estimate.
+    pub tokens: u64,
 }
 
 /// How busy a node is at one moment, to be compared with another one.
@@ -65,29 +99,34 @@ impl Glance {
 #[derive(Debug)]
 pub struct Passage {
     node: NodeId,
+    tokens: u64,
     traffic: Traffic,
 }
 
 impl Traffic {
-    /// The open node with the fewest requests; of those with equally few, the one that was not chosen
-    /// for the longest time. Choosing and counting are one step, so requests that arrive together
-    /// spread.
+    /// The open node that suits best, as [`choice`] says: by load, weight, warmth and session. Choosing and
+    /// counting are one step, so requests that arrive together spread.
     pub fn choose<'a>(
         &self,
         candidates: impl Iterator<Item = &'a NodeView>,
+        ask: &Ask,
     ) -> Option<(&'a NodeView, Passage)> {
         let mut loads = self.lock();
-        let load = |node: &NodeView| loads.nodes.get(&node.id).copied().unwrap_or_default();
-        let node = candidates
-            .filter(|node| !load(node).closed)
-            .min_by_key(|node| (load(node).in_flight, load(node).turn))?;
+        let open = candidates.filter_map(|node| {
+            let load = loads.nodes.get(&node.id).copied().unwrap_or_default();
+            (!load.closed).then(|| (node, candidate(node, load, ask)))
+        });
+        let (nodes, candidates): (Vec<_>, Vec<_>) = open.unzip();
+        let node = *nodes.get(choice::choose(&candidates, ask.tokens)?)?;
         loads.turn += 1;
         let turn = loads.turn;
         let load = loads.nodes.entry(node.id.clone()).or_default();
         load.in_flight += 1;
+        load.tokens = load.tokens.saturating_add(ask.tokens);
         load.turn = turn;
         let passage = Passage {
             node: node.id.clone(),
+            tokens: ask.tokens,
             traffic: self.clone(),
         };
         Some((node, passage))
@@ -147,6 +186,19 @@ impl Traffic {
         }
     }
 
+    /// `None`: the node is closed.
+    pub fn open_load(&self, node: &NodeId) -> Option<NodeLoad> {
+        let load = self.lock().nodes.get(node).copied().unwrap_or_default();
+        (!load.closed).then(|| load.shown())
+    }
+
+    /// Of every node that was ever chosen or closed.
+    pub fn loads(&self) -> BTreeMap<NodeId, NodeLoad> {
+        let loads = self.lock();
+        let shown = |(id, load): (&NodeId, &Load)| (id.clone(), load.shown());
+        loads.nodes.iter().map(shown).collect()
+    }
+
     /// Nodes that serve something now, with how much.
     pub fn in_flight(&self) -> BTreeMap<NodeId, usize> {
         let busy = |(id, load): (&NodeId, &Load)| {
@@ -164,6 +216,33 @@ impl Traffic {
     }
 }
 
+impl Load {
+    fn shown(&self) -> NodeLoad {
+        NodeLoad {
+            requests: self.in_flight,
+            tokens: self.tokens,
+        }
+    }
+}
+
+fn candidate(node: &NodeView, load: Load, ask: &Ask) -> choice::Candidate {
+    let warm = ask.warm.as_ref();
+    let warm = warm.filter(|warm| warm.node == node.id && warm.incarnation == node.incarnation);
+    let weight = u64::from(node.weight.max(1));
+    choice::Candidate {
+        tokens: load.tokens,
+        requests: load.in_flight as u64,
+        turn: load.turn,
+        weight,
+        warm: warm.map_or(0, |warm| warm.tokens),
+        rank: ask.session.map(|session| {
+            // The same in every run and for every role: a session keeps its nodes.
+            let hash = FixedState::default().hash_one((session, node.id.as_str()));
+            choice::rank(hash, weight)
+        }),
+    }
+}
+
 impl Passage {
     pub fn node(&self) -> &NodeId {
         &self.node
@@ -177,6 +256,7 @@ impl Drop for Passage {
             return;
         };
         load.in_flight = load.in_flight.saturating_sub(1);
+        load.tokens = load.tokens.saturating_sub(self.tokens);
         if load.in_flight == 0 && load.closed {
             self.traffic.shared.idle.notify_waiters();
         }
@@ -184,111 +264,4 @@ impl Drop for Passage {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::net::SocketAddr;
-
-    use super::*;
-    use crate::fleet::Role;
-
-    fn nodes(names: &[&str]) -> Vec<NodeView> {
-        let addr = SocketAddr::from(([127, 0, 0, 1], 1));
-        names
-            .iter()
-            .map(|name| NodeView::pending((*name).into(), Role::Unified, addr))
-            .collect()
-    }
-
-    fn choose(traffic: &Traffic, nodes: &[NodeView]) -> (NodeId, Passage) {
-        let (node, passage) = traffic.choose(nodes.iter()).unwrap();
-        (node.id.clone(), passage)
-    }
-
-    #[test]
-    fn the_least_loaded_wins_and_ties_go_round() {
-        let (traffic, nodes) = (Traffic::default(), nodes(&["a", "b"]));
-        let (first, held) = choose(&traffic, &nodes);
-        let (second, other) = choose(&traffic, &nodes);
-        assert_ne!(first, second);
-        drop(held);
-        assert_eq!(choose(&traffic, &nodes).0, first);
-        drop(other);
-        assert!(traffic.in_flight().is_empty());
-        assert_ne!(
-            choose(&traffic, &nodes).0,
-            choose(&traffic, &nodes).0,
-            "idle nodes take turns"
-        );
-    }
-
-    #[test]
-    fn the_turn_of_one_role_is_not_moved_by_another() {
-        let (traffic, nodes) = (Traffic::default(), nodes(&["a", "b", "p"]));
-        let picked: Vec<_> = (0..4)
-            .map(|_| {
-                choose(&traffic, &nodes[2..]);
-                choose(&traffic, &nodes[..2]).0
-            })
-            .collect();
-        assert_eq!(picked[..2], picked[2..]);
-        assert_ne!(picked[0], picked[1]);
-    }
-
-    #[tokio::test]
-    async fn a_closed_node_gets_nothing_and_is_drained_when_its_last_request_ends() {
-        let (traffic, nodes) = (Traffic::default(), nodes(&["a", "b"]));
-        let a = nodes[0].id.clone();
-        let (_, first) = choose(&traffic, &nodes[..1]);
-        let (_, second) = choose(&traffic, &nodes[..1]);
-        traffic.close(&a);
-        for _ in 0..3 {
-            assert_eq!(choose(&traffic, &nodes).0, nodes[1].id);
-        }
-        assert!(traffic.choose(nodes[..1].iter()).is_none());
-        let waiting = tokio::spawn({
-            let (traffic, a) = (traffic.clone(), a.clone());
-            async move { traffic.drained(&a).await }
-        });
-        tokio::task::yield_now().await;
-        drop(first);
-        tokio::task::yield_now().await;
-        assert!(!waiting.is_finished(), "one request is left");
-        drop(second);
-        waiting.await.unwrap();
-        traffic.open(&a);
-        assert_eq!(choose(&traffic, &nodes[..1]).0, a);
-    }
-
-    #[tokio::test]
-    async fn a_suspicion_is_seen_once_by_the_node_s_own_watcher() {
-        let (traffic, nodes) = (Traffic::default(), nodes(&["a", "b"]));
-        let [a, b] = [&nodes[0].id, &nodes[1].id];
-        traffic.suspect(a);
-        let soon = std::time::Duration::from_secs(60);
-        tokio::time::timeout(soon, traffic.suspected(a))
-            .await
-            .unwrap();
-        for id in [a, b] {
-            let again = futures_util::FutureExt::now_or_never(traffic.suspected(id));
-            assert!(again.is_none());
-        }
-    }
-
-    #[test]
-    fn a_request_between_two_glances_is_seen() {
-        let (traffic, nodes) = (Traffic::default(), nodes(&["a"]));
-        let a = nodes[0].id.clone();
-        let idle = traffic.glance(&a);
-        assert!(!idle.busy_until(traffic.glance(&a)));
-        let (_, held) = choose(&traffic, &nodes);
-        let during = traffic.glance(&a);
-        drop(held);
-        let after = traffic.glance(&a);
-        assert!(idle.busy_until(during) && during.busy_until(after) && idle.busy_until(after));
-        assert!(!after.busy_until(traffic.glance(&a)));
-    }
-
-    #[test]
-    fn no_candidates_no_choice() {
-        assert!(Traffic::default().choose(nodes(&[]).iter()).is_none());
-    }
-}
+mod tests;

@@ -94,6 +94,7 @@ impl Supervised {
             id: "n".into(),
             role: Role::Unified,
             pool: "default".into(),
+            weight: 1,
             addr,
             gpus: vec![],
             cpus: vec![],

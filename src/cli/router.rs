@@ -117,6 +117,15 @@ struct Limits {
     /// After the first signal, how long running requests may finish.
     #[arg(long, default_value = "30s", value_name = "DURATION", value_parser = duration_or_zero)]
     drain_timeout: Duration,
+    /// The header with which clients name a session; empty for none.
+    #[arg(long, default_value = "x-session-id", value_name = "NAME", value_parser = header)]
+    session_header: Header,
+    /// Serve prompts of fewer tokens whole; estimated from their bytes.
+    #[arg(long, default_value = "0", value_name = "N")]
+    split_min_tokens: u64,
+    /// Prompt tokens that every prefill node has before an idle decode node computes a prompt itself; 0: it never does.
+    #[arg(long, default_value = "65536", value_name = "N")]
+    split_max_backlog: u64,
     /// Log one line for every request.
     #[arg(long)]
     access_log: bool,
@@ -152,6 +161,20 @@ fn origin(text: &str) -> Result<String, String> {
     match text == "*" || is_origin(text) {
         true => Ok(text.to_owned()),
         false => Err("write a scheme and a host, like https://chat.example.com, or *".to_owned()),
+    }
+}
+
+/// A header's name in lower case, or none.
+#[derive(Debug, Clone)]
+struct Header(Option<String>);
+
+fn header(text: &str) -> Result<Header, String> {
+    if text.is_empty() {
+        return Ok(Header(None));
+    }
+    match http::HeaderName::from_bytes(text.as_bytes()) {
+        Ok(name) => Ok(Header(Some(name.as_str().to_owned()))),
+        Err(_) => Err("write the name of a header, like x-session-id".to_owned()),
     }
 }
 
@@ -195,6 +218,7 @@ impl RouterArgs {
                     id: id.as_str().into(),
                     role,
                     pool: DEFAULT_POOL.to_owned(),
+                    weight: 1,
                     url: url.clone(),
                 });
             }
@@ -239,6 +263,9 @@ impl RouterArgs {
             drain_timeout: limits.drain_timeout,
             access_log: limits.access_log,
             replay: !limits.no_replay,
+            session_header: limits.session_header.0.clone(),
+            split_min_tokens: limits.split_min_tokens,
+            split_max_backlog: limits.split_max_backlog,
         }
     }
 }
@@ -370,6 +397,8 @@ mod tests {
             "--max-body 0",
             "--max-in-flight 0",
             "--max-queue -1",
+            "--split-min-tokens few",
+            "--session-header a:b",
         ] {
             assert!(parse(&format!("{PAIR} {wrong}")).is_err(), "{wrong}");
         }

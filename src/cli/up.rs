@@ -150,6 +150,7 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
     let own = plan.nodes.iter().map(|node| {
         NodeView::pending(node.id.clone(), node.role, node.addr)
             .in_pool(&node.pool)
+            .weighing(node.weight)
             .serving([&node.served_model])
     });
     let others = plan.others.iter().map(ExternalNode::view);

@@ -21,6 +21,7 @@ impl Launch<'_> {
             role: replica.settings.role,
             served_model: self.topology.served_by(replica.settings).to_owned(),
             pool: replica.settings.pool.clone(),
+            weight: replica.settings.weight,
             addr: loopback(placement.port),
             argv: self.argv(replica, &placement),
             env: self.env(replica, &placement),

@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::time::{Instant, timeout_at};
 
-use super::balance::{Pick, pick};
+use super::balance::{Breaking, Pick, Purpose, pick};
 use super::error::RouterError;
 use super::handoff::Prefilled;
 use super::legs::{self, Leg, LegError, Reply};
@@ -70,6 +70,13 @@ impl Task<'_> {
         }
     }
 
+    fn purpose(&self) -> Purpose {
+        match self {
+            Self::Decode(_) => Purpose::Decode,
+            Self::Whole(_) => Purpose::Whole,
+        }
+    }
+
     fn leg(&self) -> AnswerLeg {
         match self {
             Self::Decode(_) => AnswerLeg::Decode,
@@ -108,8 +115,12 @@ pub(super) async fn deliver(
     }
     let mut patience = None;
     loop {
-        let pick = choice.next(cx, &task, &mut patience).await?;
+        let mut pick = choice.next(cx, call, &task, &mut patience).await?;
         if let Some((_, error)) = &choice.last {
+            if !cx.retries.take() {
+                cx.metrics.retry_denied(task.leg().label());
+                return Err(choice.give_up(cx));
+            }
             cx.metrics.retry(task.leg().label(), error.label());
         }
         let leg = Leg {
@@ -124,6 +135,7 @@ pub(super) async fn deliver(
             biased;
             reply = cx.client.fetch(&pick, leg) => match reply {
                 Ok(reply) => {
+                    pick.answered();
                     call.timeline.first_piece();
                     cx.metrics.leg_first_byte(task.leg(), sent.elapsed());
                     if matches!(task, Task::Decode(_)) && pick.role != Role::Decode {
@@ -136,6 +148,7 @@ pub(super) async fn deliver(
             phase = legs::lost(cx.fleet.clone(), &pick, SILENCE) => LegError::NodeLost { phase },
         };
         tracing::warn!(node = %pick.node(), id = %call.caller.id, %error, "a leg failed before its first byte");
+        pick.failed(&error);
         let failed = Failed {
             node: pick.node().clone(),
             incarnation: pick.incarnation,
@@ -194,6 +207,7 @@ impl Choice<'_> {
     async fn next(
         &mut self,
         cx: &Context,
+        call: &Call<'_>,
         task: &Task<'_>,
         patience: &mut Option<Instant>,
     ) -> Result<Pick, RouterError> {
@@ -202,7 +216,7 @@ impl Choice<'_> {
             let snapshot = fleet.borrow_and_update().clone();
             self.forget_the_gone(&snapshot);
             if self.attempts < MAX_ATTEMPTS
-                && let Some(pick) = self.pick(cx, task, &snapshot)
+                && let Some(pick) = self.pick(cx, call, task, &snapshot)
             {
                 self.left.retain(|left| left != pick.node());
                 return Ok(pick);
@@ -222,19 +236,39 @@ impl Choice<'_> {
         }
     }
 
-    fn pick(&self, cx: &Context, task: &Task<'_>, fleet: &FleetSnapshot) -> Option<Pick> {
+    fn pick(
+        &self,
+        cx: &Context,
+        call: &Call<'_>,
+        task: &Task<'_>,
+        fleet: &FleetSnapshot,
+    ) -> Option<Pick> {
+        let heeded = self.pick_by(cx, call, task, (fleet, Breaking::Heeded));
+        heeded.or_else(|| self.pick_by(cx, call, task, (fleet, Breaking::Ignored)))
+    }
+
+    fn pick_by(
+        &self,
+        cx: &Context,
+        call: &Call<'_>,
+        task: &Task<'_>,
+        (fleet, breaking): (&FleetSnapshot, Breaking),
+    ) -> Option<Pick> {
         let fresh = |node: &&NodeView| node.serves(self.model) && !self.has_tried(node);
         if task.handoff().is_some() {
             let proven = |node: &&NodeView| {
                 fresh(node) && node.can_hand_off() && task.suits(node.role, &node.pool)
             };
-            if let Some(pick) = pick(&cx.traffic, fleet.ready(Role::Decode).filter(proven)) {
+            let nodes = fleet.ready(Role::Decode).filter(proven);
+            let errand = (Purpose::Decode, breaking);
+            if let Some(pick) = pick(cx, call.demand, errand, nodes) {
                 return Some(pick);
             }
         }
-        task.roles()
-            .into_iter()
-            .find_map(|role| pick(&cx.traffic, fleet.ready(role).filter(fresh)))
+        task.roles().into_iter().find_map(|role| {
+            let errand = (task.purpose(), breaking);
+            pick(cx, call.demand, errand, fleet.ready(role).filter(fresh))
+        })
     }
 
     fn has_tried(&self, node: &NodeView) -> bool {

@@ -24,7 +24,7 @@ use std::time::Duration;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep_until};
 
-use super::balance::{self, Pick};
+use super::balance::{self, Breaking, Pick, Purpose};
 use super::legs::{self, CompleteReply, Leg, LegError, Reply};
 use super::metrics::RouterMetrics;
 use super::split;
@@ -65,32 +65,46 @@ async fn attempts(cx: &Context, call: &Call<'_>) -> Stage {
     let mut tried = Vec::new();
     let mut reason = "no_prefill_node";
     while tried.len() < MAX_ATTEMPTS {
-        let Some(pick) = pick(cx, call.model, &tried) else {
+        let mut passed_by = false;
+        let Some(pick) = pick(cx, call, &tried, &mut passed_by) else {
+            if passed_by && tried.is_empty() {
+                reason = "breaker_open";
+            }
             break;
         };
         if !tried.is_empty() {
+            if !cx.retries.take() {
+                cx.metrics.retry_denied("prefill");
+                break;
+            }
             cx.metrics.retry("prefill", reason);
         }
         let mut attempt = Attempt::start(cx, call, pick, tried.len());
         let event = attempt.wait(cx, deadline).await;
         match event {
             Event::Settled(HandoffOutcome::Ready { already_stored, .. }) => {
+                attempt.pick.answered();
                 cx.metrics.handoff_ready(attempt.sent.elapsed());
                 return Stage::Decode(attempt.into_prefilled(cx, already_stored));
             }
             Event::Replied(params) => {
+                attempt.pick.answered();
                 cx.metrics.handoff_ready(attempt.sent.elapsed());
                 return Stage::Decode(Prefilled {
                     params,
                     ..attempt.into_ticket()
                 });
             }
-            Event::Rejected(reply) => return Stage::Rejected(reply),
+            Event::Rejected(reply) => {
+                attempt.pick.answered();
+                return Stage::Rejected(reply);
+            }
             Event::Settled(HandoffOutcome::Failed(HandoffFailure::ProducerDied)) => {
                 reason = HandoffFailure::ProducerDied.label();
             }
             Event::Failed(ref error) => {
                 tracing::warn!(node = %attempt.pick_id(), id = %call.caller.id, %error, "prefill failed");
+                attempt.pick.failed(error);
                 if matches!(error, LegError::Connect(_)) {
                     cx.traffic.suspect(attempt.pick_id());
                 }
@@ -101,10 +115,13 @@ async fn attempts(cx: &Context, call: &Call<'_>) -> Stage {
                 return Stage::Decode(attempt.into_ticket());
             }
             Event::NotOpened => {
+                attempt.pick.answered();
                 cx.metrics.fallback("not_opened");
                 return Stage::Decode(attempt.into_ticket());
             }
             Event::Late => {
+                let error = LegError::FirstByteTimeout(cx.plan.handoff_timeout);
+                attempt.pick.failed(&error);
                 cx.metrics.fallback("handoff_timeout");
                 return Stage::Decode(attempt.into_ticket());
             }
@@ -128,17 +145,22 @@ const SILENCE: Duration = Duration::from_secs(3);
 
 type Tried = (crate::fleet::NodeId, u64);
 
-fn pick(cx: &Context, model: Option<&str>, tried: &[Tried]) -> Option<Pick> {
+/// `passed_by`: there is a node, but it keeps failing. Decode computes the prompt then: to wait for a node that
+/// fails would be worse.
+fn pick(cx: &Context, call: &Call<'_>, tried: &[Tried], passed_by: &mut bool) -> Option<Pick> {
     let fleet = cx.fleet.borrow().clone();
     let fresh = |node: &&NodeView| {
         node.can_hand_off()
-            && node.serves(model)
-            && fleet.has_decode_for(node, model)
+            && node.serves(call.model)
+            && fleet.has_decode_for(node, call.model)
             && !tried
                 .iter()
                 .any(|(id, incarnation)| *id == node.id && *incarnation == node.incarnation)
     };
-    balance::pick(&cx.traffic, fleet.ready(Role::Prefill).filter(fresh))
+    let nodes = fleet.ready(Role::Prefill).filter(fresh);
+    *passed_by = nodes.clone().next().is_some();
+    let errand = (Purpose::Prefill, Breaking::Heeded);
+    balance::pick(cx, call.demand, errand, nodes)
 }
 
 enum Event {

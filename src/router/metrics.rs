@@ -11,8 +11,11 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
+use super::breaker::Duty;
 use super::timeline::AnswerLeg;
+use crate::fleet::NodeId;
 use crate::handoff::HandoffFailure;
+use crate::traffic::NodeLoad;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct RequestLabels {
@@ -52,6 +55,17 @@ struct ReasonLabels {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct StageLabels {
     stage: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct NodeLabels {
+    node: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct BreakerLabels {
+    node: String,
+    leg: &'static str,
 }
 
 /// Which way a request took.
@@ -102,16 +116,22 @@ pub struct RouterMetrics {
     decode: LegMetrics,
     whole: LegMetrics,
     retries: Family<RetryLabels, Counter>,
+    retries_denied: Family<LegLabels, Counter>,
+    breakers_opened: Family<LegLabels, Counter>,
+    breakers: Family<BreakerLabels, Gauge>,
     fallbacks: Family<ReasonLabels, Counter>,
     cancellations: Family<StageLabels, Counter>,
     replays: Family<ReplayLabels, Counter>,
     in_flight: Gauge,
     queued: Gauge,
+    node_requests: Family<NodeLabels, Gauge>,
+    node_tokens: Family<NodeLabels, Gauge>,
 }
 
 /// Why a prompt was not handed off, as far as it is known beforehand; a failed leg adds its own.
-const FALLBACKS: [&str; 11] = [
+const FALLBACKS: [&str; 12] = [
     "no_decode_node",
+    "breaker_open",
     "not_opened",
     "handoff_timeout",
     HandoffFailure::NoSpace.label(),
@@ -163,6 +183,31 @@ impl RouterMetrics {
         };
         let retries = Family::<RetryLabels, Counter>::default();
         registry.register("retries", "Legs sent once more", retries.clone());
+        let retries_denied = Family::<LegLabels, Counter>::default();
+        for leg in ["prefill", "decode", "whole"] {
+            drop(retries_denied.get_or_create(&LegLabels { leg }));
+        }
+        registry.register(
+            "retries_denied",
+            "Legs that were not sent once more, since too many had been",
+            retries_denied.clone(),
+        );
+        let breakers_opened = Family::<LegLabels, Counter>::default();
+        for duty in [Duty::Prefill, Duty::Answer] {
+            let leg = duty.label();
+            drop(breakers_opened.get_or_create(&LegLabels { leg }));
+        }
+        registry.register(
+            "breakers_opened",
+            "Times that a node was left alone because it kept failing",
+            breakers_opened.clone(),
+        );
+        let breakers = Family::<BreakerLabels, Gauge>::default();
+        registry.register(
+            "breaker_state",
+            "0 closed, 1 half open, 2 open: the node is left alone",
+            breakers.clone(),
+        );
         let fallbacks = Family::<ReasonLabels, Counter>::default();
         // There from the start, at zero: a rate over a counter that does not exist yet is no rate.
         for reason in FALLBACKS {
@@ -188,6 +233,18 @@ impl RouterMetrics {
         let (in_flight, queued) = (Gauge::default(), Gauge::default());
         registry.register("in_flight", "Requests being served", in_flight.clone());
         registry.register("queued", "Requests that wait for a place", queued.clone());
+        let node_requests = Family::<NodeLabels, Gauge>::default();
+        registry.register(
+            "node_in_flight",
+            "Requests that a node has",
+            node_requests.clone(),
+        );
+        let node_tokens = Family::<NodeLabels, Gauge>::default();
+        registry.register(
+            "node_in_flight_tokens",
+            "Tokens of those requests, estimated from their bytes",
+            node_tokens.clone(),
+        );
         Self {
             requests,
             ways,
@@ -198,12 +255,29 @@ impl RouterMetrics {
             decode: leg(AnswerLeg::Decode.label()),
             whole: leg(AnswerLeg::Whole.label()),
             retries,
+            retries_denied,
+            breakers_opened,
+            breakers,
             fallbacks,
             cancellations,
             replays,
             in_flight,
             queued,
+            node_requests,
+            node_tokens,
         }
+    }
+
+    /// Before somebody looks.
+    pub(super) fn set_node(&self, node: &NodeId, load: NodeLoad) {
+        let gauge = |count: u64| i64::try_from(count).unwrap_or(i64::MAX);
+        let labels = NodeLabels {
+            node: node.to_string(),
+        };
+        let requests = self.node_requests.get_or_create(&labels);
+        requests.set(gauge(load.requests as u64));
+        let tokens = self.node_tokens.get_or_create(&labels);
+        tokens.set(gauge(load.tokens));
     }
 
     pub(super) fn request(&self, labels: &RequestLabels) {
@@ -223,6 +297,28 @@ impl RouterMetrics {
         self.retries
             .get_or_create(&RetryLabels { leg, reason })
             .inc();
+    }
+
+    pub(super) fn retry_denied(&self, leg: &'static str) {
+        self.retries_denied.get_or_create(&LegLabels { leg }).inc();
+    }
+
+    pub(super) fn breaker_opened(&self, leg: &'static str) {
+        self.breakers_opened.get_or_create(&LegLabels { leg }).inc();
+    }
+
+    /// Before somebody looks.
+    pub(super) fn set_breaker(&self, node: &NodeId, duty: Duty, state: &str) {
+        let labels = BreakerLabels {
+            node: node.to_string(),
+            leg: duty.label(),
+        };
+        let state = match state {
+            "open" => 2,
+            "half_open" => 1,
+            _ => 0,
+        };
+        self.breakers.get_or_create(&labels).set(state);
     }
 
     pub(super) fn fallback(&self, reason: &'static str) {

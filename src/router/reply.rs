@@ -22,7 +22,8 @@ use http::Method;
 use http_body::{Body, Frame};
 use tokio::time::{Instant, Sleep, sleep, timeout, timeout_at};
 
-use super::balance::{Pick, pick};
+use super::balance::{Breaking, Pick, Purpose, pick};
+use super::demand::Demand;
 use super::dispatch::{Delivery, Failed, Task, deliver};
 use super::error::error_event;
 use super::handoff::{Background, Prefilled};
@@ -196,9 +197,10 @@ impl ReplyBody {
     /// The node is done for. Returns the last events for the client, unless it goes on.
     fn failed(&mut self, error: LegError) -> Option<Bytes> {
         let running = self.running.as_mut()?;
-        let Source::Node(_, pick) = &running.source else {
+        let Source::Node(_, pick) = &mut running.source else {
             return None;
         };
+        pick.failed(&error);
         let id = &running.origin.caller.id;
         tracing::warn!(node = %pick.node(), %id, %error, "a stream broke off");
         let event = error_event(&error, self.last, id);
@@ -267,6 +269,7 @@ async fn resume(
     let fields = Fields::parse(&body).ok()?;
     // The client's answer has begun long ago.
     let timeline = Timeline::start();
+    let demand = Demand::of(&fields, body.len(), None);
     let call = Call {
         model: origin.model.as_deref(),
         target: Target {
@@ -277,6 +280,7 @@ async fn resume(
         caller,
         fields: &fields,
         original: &body,
+        demand: &demand,
         timeline: &timeline,
         asks_ids: true,
     };
@@ -313,6 +317,8 @@ const MODEL_LEN: Duration = Duration::from_secs(5);
 /// answers. The failed one is asked last.
 async fn model_len(cx: &Context, origin: &Origin, failed: &Failed) -> Option<u64> {
     let deadline = Instant::now() + cx.plan.queue_timeout;
+    let no_fields = Fields::default();
+    let nothing = Demand::of(&no_fields, 0, None);
     let mut fleet = cx.fleet.clone();
     loop {
         let snapshot = fleet.borrow_and_update().clone();
@@ -321,7 +327,8 @@ async fn model_len(cx: &Context, origin: &Origin, failed: &Failed) -> Option<u64
         ready.sort_by_key(|node| node.id == failed.node);
         let mut answered = false;
         for node in ready {
-            let Some(pick) = pick(&cx.traffic, std::iter::once(node)) else {
+            let errand = (Purpose::Whole, Breaking::Ignored);
+            let Some(pick) = pick(cx, &nothing, errand, std::iter::once(node)) else {
                 continue;
             };
             let asked = ask_model_len(cx, origin, &pick);

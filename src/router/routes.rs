@@ -12,7 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
@@ -30,6 +30,8 @@ use serde_json::json;
 use super::access::Access;
 use super::admission::{has_ready_node, retry_after};
 use super::body::Fields;
+use super::breaker::Duty;
+use super::demand::{Demand, session};
 use super::dispatch::{Delivery, Task, deliver};
 use super::error::RouterError;
 use super::handoff::{Stage, prefill};
@@ -40,6 +42,7 @@ use super::replay::{Recipe, Refusal, Transcript};
 use super::reply::{Held, Origin, ReplyBody};
 use super::split::{Endpoint, WholeReason, never_split};
 use super::stream::Last;
+use super::worth::{Limits, Pressure, not_worth_splitting};
 use super::{Call, Context, cors, keys, kv_ready, proxy};
 use crate::fleet::Role;
 
@@ -113,6 +116,7 @@ pub(super) async fn serve(cx: Arc<Context>, endpoint: Endpoint, request: Request
             },
         },
         caller: &caller,
+        session: session(&parts.headers, cx.plan.session_header.as_deref()),
         body,
     };
     let last = arrival.target.last;
@@ -140,6 +144,7 @@ struct Arrival<'a> {
     endpoint: Endpoint,
     target: Target<'a>,
     caller: &'a Arc<Caller>,
+    session: Option<u64>,
     body: Body,
 }
 
@@ -164,6 +169,7 @@ async fn answer(
 ) -> Result<Answer, RouterError> {
     let permit = cx.admission.enter(&cx.fleet).await?;
     observation.timeline.admitted();
+    cx.retries.request();
     let original = read_body(arrival.body, cx.plan.max_body).await?;
     observation.timeline.body_read();
     let parsed = Fields::parse(&original);
@@ -185,9 +191,13 @@ async fn answer(
     if let Some(model) = &wanted.renamed {
         fields.replace("model", model);
     }
+    let demand = Demand::of(&fields, original.len(), arrival.session);
     let whole = never_split(arrival.endpoint, &fields).or_else(|| {
         let model = wanted.model.as_deref();
-        (!cx.fleet.borrow().can_split_for(model)).then_some(WholeReason::NoPair)
+        match cx.fleet.borrow().can_split_for(model) {
+            true => cx.not_worth_splitting(&demand, model),
+            false => Some(WholeReason::NoPair),
+        }
     });
     observation.takes_path(whole);
     let transcript = transcript(cx, arrival.endpoint, &fields);
@@ -197,6 +207,7 @@ async fn answer(
         model: wanted.model.as_deref(),
         fields: &fields,
         original: &original,
+        demand: &demand,
         timeline: &observation.timeline,
         asks_ids: matches!(transcript, Some(Ok(_))),
     };
@@ -322,6 +333,25 @@ async fn model(State(cx): Shared, Path(id): Path<String>, headers: HeaderMap) ->
 }
 
 impl Context {
+    fn not_worth_splitting(&self, demand: &Demand<'_>, model: Option<&str>) -> Option<WholeReason> {
+        let limits = Limits {
+            min_tokens: self.plan.split_min_tokens,
+            max_backlog: self.plan.split_max_backlog,
+        };
+        let pressure = || Pressure::of(&self.fleet.borrow(), &self.traffic, model);
+        not_worth_splitting(demand.prompt, limits, pressure)
+    }
+
+    /// By node and leg, those that are open or have failed lately.
+    fn breakers(&self) -> BTreeMap<String, BTreeMap<&'static str, &'static str>> {
+        let mut shown = BTreeMap::<_, BTreeMap<_, _>>::new();
+        for ((node, duty), state) in self.breakers.states(Instant::now()) {
+            let legs = shown.entry(node.to_string()).or_default();
+            legs.insert(duty.label(), state);
+        }
+        shown
+    }
+
     /// `root`: the model that an alias stands for, else the same.
     fn model(&self, id: &str, root: &str) -> serde_json::Value {
         json!({
@@ -376,6 +406,9 @@ async fn status(State(cx): Shared) -> Response {
         "in_flight": cx.admission.in_flight(),
         "queued": cx.admission.queued(),
         "in_flight_by_node": cx.traffic.in_flight(),
+        "load_by_node": cx.traffic.loads(),
+        "breakers": cx.breakers(),
+        "retries_left": cx.retries.left(),
         "handoffs_waiting": cx.board.waiting(),
         "draining": cx.draining.is_cancelled(),
     }))
@@ -383,6 +416,17 @@ async fn status(State(cx): Shared) -> Response {
 }
 
 async fn metrics(State(cx): Shared) -> Response {
+    for (node, load) in cx.traffic.loads() {
+        cx.metrics.set_node(&node, load);
+    }
+    let states = cx.breakers.states(Instant::now());
+    for node in cx.fleet.borrow().nodes() {
+        for duty in Duty::of(node.role) {
+            let state = states.get(&(node.id.clone(), *duty));
+            cx.metrics
+                .set_breaker(&node.id, *duty, state.unwrap_or(&"closed"));
+        }
+    }
     let mut text = String::new();
     if prometheus_client::encoding::text::encode(&mut text, &cx.registry).is_err() {
         return StatusCode::INTERNAL_SERVER_ERROR.into_response();

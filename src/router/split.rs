@@ -40,6 +40,10 @@ impl Endpoint {
 pub(super) enum WholeReason {
     /// No proven prefill/decode pair is ready.
     NoPair,
+    /// The hand-off would take longer than the prompt.
+    ShortPrompt,
+    /// Prefill has enough to do, and decode nothing.
+    PrefillBusy,
     /// At most one token is wanted: the prefill node's answer would be the answer.
     OneToken,
     Echo,
@@ -59,6 +63,8 @@ impl WholeReason {
     pub(super) fn label(self) -> &'static str {
         match self {
             Self::NoPair => "no_pair",
+            Self::ShortPrompt => "short_prompt",
+            Self::PrefillBusy => "prefill_busy",
             Self::OneToken => "one_token",
             Self::Echo => "echo",
             Self::PromptLogprobs => "prompt_logprobs",

@@ -40,7 +40,9 @@ impl ExternalNode {
         let unknown = std::net::Ipv4Addr::UNSPECIFIED.into();
         let ip = self.url.host().parse().unwrap_or(unknown);
         let addr = SocketAddr::new(ip, self.url.port());
-        NodeView::external(self.id.clone(), self.role, addr).in_pool(&self.pool)
+        NodeView::external(self.id.clone(), self.role, addr)
+            .in_pool(&self.pool)
+            .weighing(self.weight)
     }
 }
 

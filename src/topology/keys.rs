@@ -42,6 +42,8 @@ pub(super) enum Shape {
     Address,
     /// Of a node that others started.
     Url,
+    /// A header's name, or nothing.
+    Header,
     Strings,
     /// A list of web pages' origins.
     Origins,
@@ -68,8 +70,8 @@ pub(super) enum Absent {
 
 use Absent::{Is, Required, Words};
 use Shape::{
-    Address, Aliases, Boolean, Cpus, Duration, DurationOrZero, Gpus, Integer, Model, Name, Numa,
-    Number, OneOf, Origins, Size, SizeOrPercent, Strings, Tables, Text, Url, Variables,
+    Address, Aliases, Boolean, Cpus, Duration, DurationOrZero, Gpus, Header, Integer, Model, Name,
+    Numa, Number, OneOf, Origins, Size, SizeOrPercent, Strings, Tables, Text, Url, Variables,
 };
 
 const fn key(name: &'static str, shape: Shape, absent: Absent, doc: &'static str) -> Key {
@@ -155,6 +157,9 @@ pub(super) const ROUTER: Table = Table {
         key("drain_timeout", DurationOrZero, Is("\"30s\""), "After Ctrl-C, how long running requests may finish."),
         key("access_log", Boolean, Is("false"), "One line in the log for every request, at level info; else at debug."),
         key("replay", Boolean, Is("true"), "A stream whose node fails goes on at another one, where its rest can be the same."),
+        key("session_header", Header, Is("\"x-session-id\""), "The header with which clients name a session: its requests meet the same nodes while load allows it. Empty: none."),
+        key("split_min_tokens", Integer(0, 1_000_000, 1), Is("0"), "Prompts of fewer tokens, estimated from their bytes, are served whole by one node."),
+        key("split_max_backlog", Integer(0, 1_000_000_000, 1), Is("65536"), "Prompt tokens that every prefill node has in flight before an idle decode node computes a prompt itself; 0: it never does."),
     ],
 };
 
@@ -189,6 +194,7 @@ pub(super) const NODE: Table = Table {
         key("url", Url, Words("pegaflow starts the node"), "Where a node is that others started, like http://10.0.0.7:8000: it is looked at and gets requests, and nothing else of it is pegaflow's."),
         key("model", Model, Words("the topology's `model`"), "Another model for this node: as `model` at the top. All prefill and decode nodes of a pool serve one."),
         key("served_model_name", Text, Words("the last part of the node's `model`, else the topology's name"), "What clients write in `model` to reach this node."),
+        key("weight", Integer(1, 100, 1), Is("1"), "How much it can do beside other nodes of its role: one of 2 gets twice the tokens of one of 1."),
         key("count", Integer(1, 64, 1), Is("1"), "Replicas, named NAME-0, NAME-1, ..."),
         key("gpus", Gpus, Is("\"auto\""), "auto: GPUs close to each other and to the partners, with the most free memory. A number: that many, chosen so. A list: indices in PCI bus order, UUIDs or PCI addresses."),
         key("cpus", Cpus, Is("\"auto\""), "auto: on CPU an equal share of the cores, with GPUs those of their NUMA nodes. Or a list of cores. all (GPUs only): not confined."),

@@ -14,8 +14,8 @@ use super::problem::{Findings, ProblemKind};
 use super::section::Section;
 use super::source::join;
 use super::value::{
-    address, boolean, cpus, device, duration, duration_or_zero, integer, node_url, non_empty,
-    number, one_of, role, size, string, wrong,
+    address, boolean, cpus, device, duration, duration_or_zero, header, integer, node_url,
+    non_empty, number, one_of, role, size, string, wrong,
 };
 use super::{
     Capacity, CpuRequest, Device, GpuRequest, HugepageRequest, KvReady, KvSettings, ModelRef,
@@ -267,6 +267,15 @@ fn router(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RouterSettings {
             .get("access_log", boolean)
             .unwrap_or(default.access_log),
         replay: section.get("replay", boolean).unwrap_or(default.replay),
+        session_header: section
+            .get("session_header", header)
+            .unwrap_or(default.session_header),
+        split_min_tokens: section
+            .get("split_min_tokens", integer(0..=MANY))
+            .unwrap_or(default.split_min_tokens),
+        split_max_backlog: section
+            .get("split_max_backlog", integer(0..=1000 * MANY))
+            .unwrap_or(default.split_max_backlog),
     }
 }
 
@@ -409,6 +418,7 @@ fn node(
         pool: section
             .get("pool", string)
             .unwrap_or_else(|| DEFAULT_POOL.to_owned()),
+        weight: section.get("weight", integer(1..=100)).unwrap_or(1),
         url: section.get("url", node_url),
         model: node_model(&mut section, base, main),
         count: section.get("count", integer(1..=64)).unwrap_or(1),

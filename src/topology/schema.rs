@@ -15,6 +15,8 @@ const DURATION: &str = "([0-9]+(\\.[0-9]+)?\\s*(nanos|nsec|ns|usec|us|µs|millis
                         minutes?|mins?|m|hours?|hrs?|hr|h|days?|d|weeks?|wks?|w|months?|M|years?|yrs?|y)\\s*)+";
 const SIZE: &str = r"([0-9]+|([0-9]+(\.[0-9]*)?|\.[0-9]+)\s*([bB]|[kmgtpeKMGTPE][iI]?[bB]?))";
 const PERCENT: &str = "([1-9][0-9]?|100)%";
+/// A token of HTTP, or nothing.
+const HEADER: &str = "[!#$%&'*+.^_`|~0-9A-Za-z-]*";
 const ADDRESS: &str = r"([0-9]{1,3}(\.[0-9]{1,3}){3}|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}";
 
 const ORIGIN: &str = r"\*|https?://[!-.0-~]+";
@@ -96,6 +98,7 @@ fn of_shape(shape: Shape) -> Value {
         Shape::SizeOrPercent => text(&format!("(?=.*[1-9])({SIZE}|{PERCENT})")),
         Shape::Address => text(ADDRESS),
         Shape::Url => text(NODE_URL),
+        Shape::Header => text(HEADER),
         Shape::Strings => json!({"type": "array", "items": of_shape(Shape::Text)}),
         Shape::Origins => json!({"type": "array", "items": text(ORIGIN)}),
         Shape::Aliases => json!({

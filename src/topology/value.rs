@@ -90,6 +90,19 @@ pub(super) fn size(value: &DeValue<'_>) -> Read<u64> {
     }
 }
 
+/// A header's name in lower case; empty for none.
+pub(super) fn header(value: &DeValue<'_>) -> Read<Option<String>> {
+    const INSTEAD: &str = "the name of a header, like \"x-session-id\", or \"\" for none";
+    let text = text(value, INSTEAD)?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    match http::HeaderName::from_bytes(text.as_bytes()) {
+        Ok(name) => Ok(Some(name.as_str().to_owned())),
+        Err(_) => Err(bad(value, INSTEAD)),
+    }
+}
+
 pub(super) fn address(value: &DeValue<'_>) -> Read<SocketAddr> {
     const INSTEAD: &str = "an IP address and a port, like \"127.0.0.1:8000\"";
     text(value, INSTEAD)?

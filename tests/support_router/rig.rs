@@ -55,6 +55,7 @@ pub fn write_private(file: &Path, text: &str) {
 pub struct Rig {
     pub fleet: FleetPublisher,
     pub board: HandoffBoard,
+    pub traffic: Traffic,
     pub shutdown: Shutdown,
     pub addr: SocketAddr,
     /// Where its figures are, if not there.
@@ -107,11 +108,12 @@ impl Rig {
             ApiKeys::open(KeysSource { file, variable }).unwrap()
         };
         let tls = plan.tls.as_ref().map(|files| Tls::open(files).unwrap());
+        let traffic = Traffic::default();
         let deps = RouterDeps {
             plan,
             fleet: fleet.watch(),
             board: board.clone(),
-            traffic: Traffic::default(),
+            traffic: traffic.clone(),
             keys: open(&api_keys, "NO_KEYS_IN_TESTS"),
             admin: open(&admin_key, "NO_KEYS_IN_TESTS"),
             tls,
@@ -125,6 +127,7 @@ impl Rig {
         Self {
             fleet,
             board: board.clone(),
+            traffic,
             shutdown,
             addr,
             figures,

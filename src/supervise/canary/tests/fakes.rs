@@ -222,7 +222,9 @@ async fn busy_nodes_may_round_differently_and_are_not_trusted_with_wrong_kv() {
         let traffic = Traffic::default();
         let addr = SocketAddr::from(([127, 0, 0, 1], 1));
         let node = NodeView::pending(busy.into(), Role::Unified, addr);
-        let (_, _passage) = traffic.choose([&node].into_iter()).unwrap();
+        let (_, _passage) = traffic
+            .choose([&node].into_iter(), &crate::traffic::Ask::default())
+            .unwrap();
         let beside = |fault| Pair::examine_beside(traffic.clone(), fault, KvTrust::Unproven);
         let trusts = beside(Fault::Logprob).await.trusts().await;
         assert_eq!(trusts, (KvTrust::Proven, KvTrust::Proven), "{busy}");
