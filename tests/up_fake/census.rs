@@ -15,8 +15,12 @@ use crate::support::{Pegaflow, processes};
 const IDLE_CONNECTIONS: u64 = 2 * 2;
 const CONNECTIONS: &str = "fd: tcp connection";
 
+const SESSIONS: &str = "store: sessions";
+const ORPHANS: &str = "processes: orphans";
+const ZOMBIES: &str = "processes: zombies";
+
 const GAUGES: [(&str, &str); 9] = [
-    ("store: sessions", "pegaflow_engine_sessions{"),
+    (SESSIONS, "pegaflow_engine_sessions{"),
     ("store: slots pending", "pegaflow_engine_slots_pending "),
     ("store: slots leased", "pegaflow_engine_slots_leased "),
     (
@@ -46,6 +50,7 @@ impl Census {
         census.add("files: run directory", files(&up.site.path("run")));
         let metrics = up.get("/metrics").await;
         for (name, gauge) in GAUGES {
+            assert!(metrics.contains(gauge), "{gauge} is missing");
             census.add(name, metric(&metrics, gauge) as usize);
         }
         census
@@ -72,6 +77,15 @@ impl Census {
         rows.collect::<Vec<_>>().join("\n")
     }
 
+    /// What is held although nobody wants anything: at rest there is none of it.
+    pub fn held(&self) -> Vec<String> {
+        let gauges = GAUGES.iter().map(|(name, _)| *name);
+        let names = gauges.chain([ORPHANS, ZOMBIES]);
+        let held = names.filter(|name| *name != SESSIONS && self.get(name) > 0);
+        held.map(|name| format!("{name}: {}", self.get(name)))
+            .collect()
+    }
+
     pub fn get(&self, name: &str) -> u64 {
         self.0.get(name).copied().unwrap_or(0)
     }
@@ -83,9 +97,9 @@ impl Census {
     fn processes(&mut self, up: &Pegaflow<'_>, tree: &BTreeSet<u32>) {
         let marked = up.site.processes();
         self.add("processes: tree", tree.len());
-        self.add("processes: orphans", marked.difference(tree).count());
+        self.add(ORPHANS, marked.difference(tree).count());
         let zombies = tree.iter().map(|pid| processes::zombies(*pid).len());
-        self.add("processes: zombies", zombies.sum());
+        self.add(ZOMBIES, zombies.sum());
         self.add("threads", status(up.pid(), "Threads:") as usize);
     }
 

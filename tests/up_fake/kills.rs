@@ -18,12 +18,17 @@ pub enum Victim {
 }
 
 pub fn pid_of(victim: Victim, leader: u32) -> u32 {
-    let child = |pid| processes::children(pid)[0];
+    find(victim, leader).unwrap()
+}
+
+/// None: there is no such process now.
+pub fn find(victim: Victim, leader: u32) -> Option<u32> {
+    let child = |pid| processes::children(pid).first().copied();
     match victim {
-        Victim::Leader => leader,
+        Victim::Leader => Some(leader),
         Victim::Engine => child(leader),
-        Victim::Worker => child(child(leader)),
-        Victim::Guard => processes::parent(leader).unwrap(),
+        Victim::Worker => child(child(leader)?),
+        Victim::Guard => processes::parent(leader),
     }
 }
 

@@ -9,6 +9,7 @@
 
 mod census;
 mod cgroups;
+mod chaos;
 mod commands;
 mod cycles;
 mod detach;
