@@ -91,7 +91,7 @@ impl Fault {
 
 /// The script without faults.
 pub(super) fn calm() -> Value {
-    json!({"itl_ms": 5, "prefill_ms": 10})
+    json!({"itl_ms": 20, "prefill_ms": 10})
 }
 
 /// The script's changes.
