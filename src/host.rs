@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 mod cuda;
 mod disk;
+mod files;
 mod gpu_watch;
 mod gpus;
 mod memory;
@@ -26,6 +27,7 @@ mod testing;
 
 pub use cuda::{GpuProbe, GpuProbeError, probe_gpu};
 pub use disk::{Space, space};
+pub use files::raise_open_files;
 pub use gpu_watch::{GpuFigures, GpuWatch, GpuWatcher};
 pub use gpus::{DriverVersions, GpuFindings, GpuHolder, GpuPath, Link, take_gpus};
 pub use memory::{

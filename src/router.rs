@@ -31,6 +31,7 @@ mod cors;
 mod demand;
 mod dispatch;
 mod error;
+mod front;
 mod handoff;
 mod keys;
 mod kv_ready;
@@ -38,6 +39,7 @@ mod legs;
 mod metrics;
 mod models;
 mod observation;
+mod pool;
 mod private_file;
 mod proxy;
 mod replay;
@@ -48,6 +50,7 @@ mod split;
 mod stream;
 mod timeline;
 mod tls;
+mod wire;
 mod worth;
 
 use std::sync::Arc;
@@ -123,12 +126,15 @@ pub async fn serve(
     let mut beat = deps.vitals.part("the router");
     let tls = deps.tls.clone();
     let figures = metrics.map(|listener| (listener, deps.vitals.part("the router's metrics")));
-    let cx = Arc::new(Context::new(deps, &shutdown)?);
+    let cx = Arc::new(Context::new(deps, &shutdown));
     for keys in [&cx.keys, &cx.admin].into_iter().flatten().cloned() {
         let stop = cx.stop.clone();
         cx.background
             .spawn(async move { stop.run_until_cancelled(keys.follow()).await });
     }
+    let (stop, sweep) = (cx.stop.clone(), cx.client.sweep());
+    cx.background
+        .spawn(async move { stop.run_until_cancelled(sweep).await });
     if let Some(tls) = tls.clone() {
         let stop = cx.stop.clone();
         cx.background
@@ -183,12 +189,11 @@ struct Context {
 }
 
 impl Context {
-    fn new(deps: RouterDeps, shutdown: &Shutdown) -> Result<Self, RouterError> {
+    fn new(deps: RouterDeps, shutdown: &Shutdown) -> Self {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        Ok(Self {
+        Self {
             admission: admission::Admission::new(&deps.plan, &deps.metrics),
-            client: legs::Client::new(&deps.plan, deps.node_key.as_ref())
-                .map_err(RouterError::Client)?,
+            client: legs::Client::new(&deps.plan, deps.node_key.as_ref()),
             affinity: affinity::Affinity::default(),
             breakers: breaker::Breakers::new(&deps.metrics),
             retries: budget::RetryBudget::new(deps.plan.max_in_flight),
@@ -204,7 +209,7 @@ impl Context {
             traffic: deps.traffic,
             metrics: deps.metrics,
             registry: deps.registry,
-        })
+        }
     }
 }
 

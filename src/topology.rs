@@ -200,6 +200,10 @@ pub struct RouterSettings {
     pub chunk_timeout: Duration,
     /// From sending the prefill leg to the engine's "KV ready"; then decode recomputes.
     pub handoff_timeout: Duration,
+    /// How long a client's connection may be idle, or take to send a request's head.
+    pub head_timeout: Duration,
+    /// From a request's head to the end of its body.
+    pub body_timeout: Duration,
     /// Bytes of a request body.
     pub max_body: usize,
     /// Requests in flight, over all nodes.
@@ -238,6 +242,8 @@ impl Default for RouterSettings {
             first_byte_timeout: seconds(600),
             chunk_timeout: seconds(120),
             handoff_timeout: seconds(60),
+            head_timeout: seconds(120),
+            body_timeout: seconds(60),
             max_body: 64 << 20,
             max_in_flight: 1024,
             max_queue: 1024,

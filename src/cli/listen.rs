@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use tokio::net::{TcpListener, ToSocketAddrs};
 
 use super::Exit;
+use crate::host;
 use crate::router::{ApiKeys, KeysSource, Listeners, Tls};
 use crate::topology::{ADMIN_KEY, API_KEYS, KvReady, RouterSettings};
 
@@ -58,4 +59,23 @@ async fn bind(addr: impl ToSocketAddrs, name: impl Display) -> Result<TcpListene
         let what = format!("cannot listen on {name}; is another server there?");
         Exit::Machine(anyhow::Error::new(error).context(what))
     })
+}
+
+/// A request may have three connections: the client's, and one to a node for each leg.
+const FILES_PER_REQUEST: usize = 3;
+
+/// Takes as many files as this process may have, and says if that is too few.
+pub fn take_files(settings: &RouterSettings) {
+    let max_in_flight = settings.max_in_flight;
+    let wanted = max_in_flight.saturating_mul(FILES_PER_REQUEST);
+    match host::raise_open_files() {
+        Ok(limit) if limit < wanted as u64 => tracing::warn!(
+            limit,
+            max_in_flight,
+            "the limit of open files (ulimit -Hn) is below {FILES_PER_REQUEST} for each request; raise it, or \
+             lower max_in_flight"
+        ),
+        Ok(_) => {}
+        Err(error) => tracing::warn!(%error, "cannot raise the limit of open files"),
+    }
 }

@@ -102,6 +102,12 @@ struct Limits {
     /// From sending a prompt to prefill to its KV being ready; then decode computes it itself.
     #[arg(long, default_value = "1m", value_name = "DURATION", value_parser = duration)]
     handoff_timeout: Duration,
+    /// How long a client's connection may be idle, or take to send a request's head.
+    #[arg(long, default_value = "2m", value_name = "DURATION", value_parser = duration)]
+    head_timeout: Duration,
+    /// From a request's head to the end of its body.
+    #[arg(long, default_value = "1m", value_name = "DURATION", value_parser = duration)]
+    body_timeout: Duration,
     /// Bytes of a request.
     #[arg(long, default_value = "64MiB", value_name = "SIZE", value_parser = size)]
     max_body: usize,
@@ -256,6 +262,8 @@ impl RouterArgs {
             first_byte_timeout: limits.first_byte_timeout,
             chunk_timeout: limits.chunk_timeout,
             handoff_timeout: limits.handoff_timeout,
+            head_timeout: limits.head_timeout,
+            body_timeout: limits.body_timeout,
             max_body: limits.max_body,
             max_in_flight: limits.max_in_flight,
             max_queue: limits.max_queue,
@@ -278,6 +286,7 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
     let listen = listeners.clients.local_addr();
     let listen = listen.map_err(|error| Exit::Machine(error.into()))?;
     let settings = args.settings(listen);
+    listen::take_files(&settings);
     let Credentials { keys, admin, tls } = Credentials::open(&settings)?;
     let url = settings.url();
 

@@ -142,6 +142,7 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
         groups,
         credentials: Credentials { keys, admin, tls },
     } = own;
+    listen::take_files(&plan.router);
     let board = HandoffBoard::default();
     let mut registry = Registry::default();
     let metrics = RouterMetrics::register(&mut registry);

@@ -6,12 +6,34 @@
 use std::borrow::Cow;
 use std::fmt;
 
+use axum::body::{Body, HttpBody as _};
 use bytes::Bytes;
+use http_body_util::{BodyExt as _, LengthLimitError, Limited};
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
+use super::error::RouterError;
+use crate::plan::RouterPlan;
+
 /// More top-level keys than this are refused: the search among them is linear.
 const MAX_KEYS: usize = 512;
+
+/// What a client sends, all of it, within the plan's limits.
+pub(super) async fn read(body: Body, plan: &RouterPlan) -> Result<Bytes, RouterError> {
+    let (limit, patience) = (plan.max_body, plan.body_timeout);
+    if body.size_hint().lower() > limit as u64 {
+        return Err(RouterError::BodyTooLarge { limit });
+    }
+    let collect = Limited::new(body, limit).collect();
+    match tokio::time::timeout(patience, collect).await {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            Err(RouterError::BodyTooLarge { limit })
+        }
+        Ok(Err(error)) => Err(RouterError::Body(error)),
+        Err(_) => Err(RouterError::BodyTimeout(patience)),
+    }
+}
 
 /// Why a body is not a request.
 #[derive(Debug, thiserror::Error)]

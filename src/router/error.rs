@@ -19,8 +19,6 @@ use crate::fleet::NodeId;
 pub enum RouterError {
     #[error("cannot use the listening socket")]
     Listener(#[source] io::Error),
-    #[error("cannot set up the HTTP client for the nodes")]
-    Client(#[source] reqwest::Error),
     #[error("there is no {path} here; try /v1/chat/completions, /v1/completions or /v1/models")]
     NotFound { path: String },
     #[error("there is no model `{id}` here, but {}", listed(known))]
@@ -76,7 +74,7 @@ impl From<BodyError> for RouterError {
 impl RouterError {
     pub(super) fn status(&self) -> StatusCode {
         match self {
-            Self::Listener(_) | Self::Client(_) => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Listener(_) => StatusCode::INTERNAL_SERVER_ERROR,
             Self::NotFound { .. } | Self::NoModel { .. } => StatusCode::NOT_FOUND,
             Self::Unauthorized | Self::NotAdmin => StatusCode::UNAUTHORIZED,
             Self::Websocket => StatusCode::NOT_IMPLEMENTED,
@@ -95,7 +93,6 @@ impl RouterError {
     pub(super) fn code(&self) -> &'static str {
         match self {
             Self::Listener(_) => "listener",
-            Self::Client(_) => "client",
             Self::NotFound { .. } => "not_found",
             Self::NoModel { .. } => "model_not_found",
             Self::ModelMissing { .. } => "model_required",

@@ -1,5 +1,6 @@
 //! One leg: a request to one node, up to the moment its answer can be committed to the client.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,19 +8,19 @@ use axum::body::Body;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use http_body_util::{BodyExt, Limited};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::timeout;
 
 use super::balance::Pick;
+use super::pool::{Broken, Failure, NodeBody, Pool, Request};
 use super::split::Endpoint;
 use super::stream::{EventStream, FirstEvents, Last};
+use super::wire::{ReplyHead, request_head};
 use crate::fleet::{FleetSnapshot, FleetWatch, NodeKey, Phase};
 
 /// Bytes of a reply that is not streamed.
 const MAX_REPLY: usize = 64 << 20;
 /// How much of a node's error text is quoted.
 const EXCERPT: usize = 300;
-/// A node of ours closes idle connections after 5 s (uvicorn's default); we do it before.
-const POOL_IDLE: Duration = Duration::from_secs(4);
 const API_KEY: header::HeaderName = header::HeaderName::from_static("x-api-key");
 const PASSED_ON: [header::HeaderName; 8] = [
     header::ACCEPT,
@@ -37,9 +38,9 @@ const REQUEST_ID: header::HeaderName = header::HeaderName::from_static("x-reques
 #[derive(Debug, thiserror::Error)]
 pub enum LegError {
     #[error("could not connect")]
-    Connect(#[source] reqwest::Error),
+    Connect(#[source] io::Error),
     #[error("the connection broke: {0}")]
-    Transport(#[source] reqwest::Error),
+    Transport(#[source] Broken),
     #[error("no answer within {0:?}")]
     FirstByteTimeout(Duration),
     #[error("nothing came for {0:?}")]
@@ -96,14 +97,13 @@ impl LegError {
     pub(super) fn may_be_dying(&self) -> bool {
         matches!(self, Self::Status { .. } | Self::InStream(_))
     }
+}
 
-    fn from_client(error: reqwest::Error) -> Self {
-        // A client may have written anything into its query.
-        let error = error.without_url();
-        if error.is_connect() {
-            Self::Connect(error)
-        } else {
-            Self::Transport(error)
+impl From<Failure> for LegError {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Connect(error) => Self::Connect(error),
+            Failure::Broken(error) => Self::Transport(error),
         }
     }
 }
@@ -112,30 +112,44 @@ impl LegError {
 #[derive(Debug)]
 pub(super) struct Caller {
     pub(super) id: Arc<str>,
-    headers: HeaderMap,
+    /// As the client sent them.
+    pub(super) headers: HeaderMap,
+    /// Its key is ours, and no node's.
+    admitted: bool,
+    /// Its body is JSON for sure.
+    is_json: bool,
 }
 
 impl Caller {
     /// `admitted`: its key is ours, and no node's.
-    pub(super) fn new(headers: &HeaderMap, endpoint: Endpoint, admitted: bool) -> Self {
-        let mut passed = HeaderMap::with_capacity(PASSED_ON.len() + 1);
+    pub(super) fn new(
+        id: Arc<str>,
+        headers: HeaderMap,
+        endpoint: Endpoint,
+        admitted: bool,
+    ) -> Self {
+        Self {
+            id,
+            headers,
+            admitted,
+            is_json: endpoint != Endpoint::Other,
+        }
+    }
+
+    /// What a node sees of the client's headers.
+    fn pass_on(&self, to: &mut HeaderMap) {
         for name in PASSED_ON {
-            if let Some(value) = headers.get(&name) {
-                passed.insert(name, value.clone());
+            if self.admitted && (name == header::AUTHORIZATION || name == API_KEY) {
+                continue;
+            }
+            if let Some(value) = self.headers.get(&name) {
+                to.insert(name, value.clone());
             }
         }
-        if admitted {
-            passed.remove(header::AUTHORIZATION);
-            passed.remove(API_KEY);
-        }
         // Whatever the client called it: we have read it as JSON.
-        if endpoint != Endpoint::Other {
+        if self.is_json {
             let json = HeaderValue::from_static("application/json");
-            passed.insert(header::CONTENT_TYPE, json);
-        }
-        Self {
-            id: request_id(headers),
-            headers: passed,
+            to.insert(header::CONTENT_TYPE, json);
         }
     }
 }
@@ -180,7 +194,7 @@ pub(super) struct Leg<'a> {
 /// An answer that can be committed: nothing of it has been sent to the client yet.
 pub(super) enum Reply {
     Complete(CompleteReply),
-    Streamed(StreamedReply),
+    Streamed(Box<StreamedReply>),
 }
 
 #[derive(Debug)]
@@ -230,31 +244,24 @@ pub(super) fn head(
 /// The HTTP client for all nodes.
 #[derive(Debug, Clone)]
 pub(super) struct Client {
-    http: reqwest::Client,
+    pool: Pool,
     first_byte_timeout: Duration,
     /// What nodes of ours want to be shown.
     node_key: Option<HeaderValue>,
 }
 
 impl Client {
-    pub(super) fn new(
-        plan: &crate::plan::RouterPlan,
-        node_key: Option<&NodeKey>,
-    ) -> Result<Self, reqwest::Error> {
-        let http = reqwest::Client::builder()
-            .no_proxy()
-            .redirect(reqwest::redirect::Policy::none())
-            .retry(reqwest::retry::never())
-            .tcp_nodelay(true)
-            .connect_timeout(plan.connect_timeout)
-            .pool_idle_timeout(POOL_IDLE)
-            .pool_max_idle_per_host(plan.max_in_flight)
-            .build()?;
-        Ok(Self {
-            http,
+    pub(super) fn new(plan: &crate::plan::RouterPlan, node_key: Option<&NodeKey>) -> Self {
+        Self {
+            pool: Pool::new(plan.connect_timeout, plan.max_in_flight),
             first_byte_timeout: plan.first_byte_timeout,
             node_key: node_key.and_then(NodeKey::authorization),
-        })
+        }
+    }
+
+    /// Closes connections that nobody has used for too long, for ever.
+    pub(super) fn sweep(&self) -> impl Future<Output = ()> + Send + 'static {
+        self.pool.clone().sweep()
     }
 
     /// Sends the leg and reads its answer as far as it must be known before it is committed: a
@@ -264,20 +271,29 @@ impl Client {
         pick: &Pick,
         leg: Leg<'_>,
     ) -> impl Future<Output = Result<Reply, LegError>> + Send + 'static {
-        let last = leg.target.last;
+        let (pool, node, last) = (self.pool.clone(), pick.addr, leg.target.last);
         let request = self.request(pick, leg);
         let limit = self.first_byte_timeout;
         async move {
-            timeout_at(Instant::now() + limit, read_reply(request, last))
+            let reply = async move {
+                let (head, body) = pool.send(node, request).await?;
+                read_reply(head, body, last).await
+            };
+            timeout(limit, reply)
                 .await
                 .unwrap_or(Err(LegError::FirstByteTimeout(limit)))
         }
     }
 
-    fn request(&self, pick: &Pick, leg: Leg<'_>) -> reqwest::RequestBuilder {
-        let mut headers = leg.caller.headers.clone();
+    fn request(&self, pick: &Pick, leg: Leg<'_>) -> Request {
+        let mut headers = HeaderMap::with_capacity(PASSED_ON.len() + 2);
+        // An address is a header value.
+        if let Ok(host) = HeaderValue::try_from(pick.addr.to_string()) {
+            headers.insert(header::HOST, host);
+        }
+        leg.caller.pass_on(&mut headers);
         let id = format!("{}{}", leg.caller.id, leg.suffix);
-        if let Ok(id) = HeaderValue::from_str(&id) {
+        if let Ok(id) = HeaderValue::try_from(id) {
             headers.insert(REQUEST_ID, id);
         }
         // Nothing of a client's own has a meaning there.
@@ -285,58 +301,55 @@ impl Client {
             headers.remove(API_KEY);
             headers.insert(header::AUTHORIZATION, key.clone());
         }
-        let url = format!("http://{}{}", pick.addr, leg.target.path);
-        let request = self.http.request(leg.target.method.clone(), url);
-        let request = request.headers(headers);
-        if leg.body.is_empty() {
-            return request;
+        let Target { method, path, .. } = leg.target;
+        Request {
+            method: method.clone(),
+            head: request_head(method, path, &headers, leg.body.len()),
+            body: leg.body,
         }
-        request.body(leg.body)
     }
 }
 
-async fn read_reply(request: reqwest::RequestBuilder, last: Last) -> Result<Reply, LegError> {
-    let response = request.send().await.map_err(LegError::from_client)?;
-    let (parts, body) = http::Response::from(response).into_parts();
-    let content_type = parts.headers.get(header::CONTENT_TYPE).cloned();
+async fn read_reply(head: ReplyHead, body: NodeBody, last: Last) -> Result<Reply, LegError> {
+    let (status, content_type) = (head.status, head.content_type);
     let is_events = content_type
         .as_ref()
         .is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
-    if is_events && parts.status.is_success() {
+    if is_events && status.is_success() {
         let mut rest = EventStream::new(body, last);
         return match rest.first().await? {
             FirstEvents::Error { code, text } if !(400..500).contains(&code) => {
                 Err(LegError::InStream(excerpt(&text)))
             }
             FirstEvents::Error { text: first, .. } | FirstEvents::Content(first) => {
-                Ok(Reply::Streamed(StreamedReply {
-                    status: parts.status,
+                Ok(Reply::Streamed(Box::new(StreamedReply {
+                    status,
                     content_type,
                     first,
                     rest,
-                }))
+                })))
             }
         };
     }
     let body = read_whole(body).await?;
-    if parts.status.is_server_error() {
+    if status.is_server_error() {
         return Err(LegError::Status {
-            status: parts.status,
+            status,
             excerpt: excerpt(&body),
         });
     }
     Ok(Reply::Complete(CompleteReply {
-        status: parts.status,
+        status,
         content_type,
         body,
     }))
 }
 
-async fn read_whole(body: reqwest::Body) -> Result<Bytes, LegError> {
+async fn read_whole(body: NodeBody) -> Result<Bytes, LegError> {
     match Limited::new(body, MAX_REPLY).collect().await {
         Ok(body) => Ok(body.to_bytes()),
-        Err(error) => Err(match error.downcast::<reqwest::Error>() {
-            Ok(error) => LegError::from_client(*error),
+        Err(error) => Err(match error.downcast::<Broken>() {
+            Ok(error) => LegError::Transport(*error),
             Err(_) => LegError::TooLarge { limit: MAX_REPLY },
         }),
     }

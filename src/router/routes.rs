@@ -12,30 +12,29 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use axum::Json;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Path, Request, State};
 use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, body::HttpBody};
-use bytes::Bytes;
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
-use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde_json::json;
 
 use super::access::Access;
 use super::admission::{has_ready_node, retry_after};
-use super::body::Fields;
+use super::body::{self, Fields};
 use super::breaker::Duty;
 use super::demand::{Demand, session};
 use super::dispatch::{Delivery, Task, deliver};
 use super::error::RouterError;
+use super::front::Front;
 use super::handoff::{Stage, prefill};
-use super::legs::{Caller, CompleteReply, Reply, Target, echo_id, head};
+use super::legs::{Caller, CompleteReply, Reply, Target, echo_id, head, request_id};
 use super::models::{self, Wanted};
 use super::observation::{Observation, Outcome};
 use super::replay::{Recipe, Refusal, Transcript};
@@ -46,13 +45,11 @@ use super::worth::{Limits, Pressure, not_worth_splitting};
 use super::{Call, Context, cors, keys, kv_ready, proxy};
 use crate::fleet::Role;
 
-/// From a request's head to the end of its body.
-const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 const SERVER_TIMING: header::HeaderName = header::HeaderName::from_static("server-timing");
 
 type Shared = State<Arc<Context>>;
 
-pub(super) fn routes(cx: Arc<Context>) -> Router {
+pub(super) fn routes(cx: Arc<Context>) -> Front {
     let routes = Router::new()
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat))
@@ -72,17 +69,19 @@ pub(super) fn routes(cx: Arc<Context>) -> Router {
         Some(cors) => routes.layer(cors),
         None => routes,
     };
-    routes.with_state(cx)
+    // A browser's page is told in every answer what it may do.
+    let at_once = cx.plan.cors_origins.is_empty().then(|| cx.clone());
+    Front::new(at_once, routes.with_state(cx))
 }
 
 /// For who runs the fleet: on a listener of its own, or on the clients' one.
-pub(super) fn figures(cx: Arc<Context>) -> Router {
+pub(super) fn figures(cx: Arc<Context>) -> Front {
     let health = Router::new().route("/health", get(health));
     let nothing = async |uri: Uri, headers: HeaderMap| {
         let path = uri.path().to_owned();
         RouterError::NotFound { path }.response_for(&headers)
     };
-    with_figures(health).fallback(nothing).with_state(cx)
+    Front::new(None, with_figures(health).fallback(nothing).with_state(cx))
 }
 
 fn with_figures(routes: Router<Arc<Context>>) -> Router<Arc<Context>> {
@@ -101,8 +100,10 @@ async fn chat(State(cx): Shared, request: Request) -> Response {
 
 pub(super) async fn serve(cx: Arc<Context>, endpoint: Endpoint, request: Request) -> Response {
     let (parts, body) = request.into_parts();
-    let caller = Arc::new(Caller::new(&parts.headers, endpoint, cx.keys.is_some()));
-    let access = Access::begin(cx.plan.access_log, &caller.id, &parts);
+    let id = request_id(&parts.headers);
+    let access = Access::begin(cx.plan.access_log, &id, &parts);
+    let caller = Caller::new(id, parts.headers, endpoint, cx.keys.is_some());
+    let caller = Arc::new(caller);
     let mut observation = Observation::start(&cx.metrics, endpoint, access);
     let (method, path) = (&parts.method, parts.uri.path_and_query());
     let arrival = Arrival {
@@ -116,7 +117,7 @@ pub(super) async fn serve(cx: Arc<Context>, endpoint: Endpoint, request: Request
             },
         },
         caller: &caller,
-        session: session(&parts.headers, cx.plan.session_header.as_deref()),
+        session: session(&caller.headers, cx.plan.session_header.as_deref()),
         body,
     };
     let last = arrival.target.last;
@@ -170,7 +171,7 @@ async fn answer(
     let permit = cx.admission.enter(&cx.fleet).await?;
     observation.timeline.admitted();
     cx.retries.request();
-    let original = read_body(arrival.body, cx.plan.max_body).await?;
+    let original = body::read(arrival.body, &cx.plan).await?;
     observation.timeline.body_read();
     let parsed = Fields::parse(&original);
     // It need not be JSON; then it names no model.
@@ -300,21 +301,6 @@ impl Answer {
 fn complete(reply: CompleteReply, observation: Observation) -> Response {
     observation.finish(Outcome::of(reply.status));
     reply.into_response()
-}
-
-async fn read_body(body: Body, limit: usize) -> Result<Bytes, RouterError> {
-    if body.size_hint().lower() > limit as u64 {
-        return Err(RouterError::BodyTooLarge { limit });
-    }
-    let collect = Limited::new(body, limit).collect();
-    match tokio::time::timeout(BODY_TIMEOUT, collect).await {
-        Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => {
-            Err(RouterError::BodyTooLarge { limit })
-        }
-        Ok(Err(error)) => Err(RouterError::Body(error)),
-        Err(_) => Err(RouterError::BodyTimeout(BODY_TIMEOUT)),
-    }
 }
 
 async fn models(State(cx): Shared) -> Response {

@@ -2,10 +2,8 @@
 
 use std::time::Duration;
 
-use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::service::TowerToHyperService;
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
@@ -14,6 +12,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::error::RouterError;
+use super::front::Front;
 use super::tls::Tls;
 use crate::notify::Beat;
 use crate::plan::RouterPlan;
@@ -21,8 +20,8 @@ use crate::shutdown::Shutdown;
 
 /// Connections at a time; more wait in the listener's backlog.
 const MAX_CONNECTIONS: usize = 16_384;
-/// How long a connection may be idle, or take to send a request's head.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(120);
+/// Bytes of a request's head; a longer one is answered 431, as is one with more than 100 headers.
+const MAX_HEAD: usize = 64 << 10;
 /// After an accept error (out of file descriptors, say).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -35,7 +34,7 @@ pub(super) struct Door {
 
 pub(super) async fn run(
     door: Door,
-    routes: Router,
+    front: Front,
     plan: &RouterPlan,
     shutdown: &Shutdown,
     beat: &mut Beat,
@@ -43,6 +42,10 @@ pub(super) async fn run(
     let Door { listener, tls } = door;
     listener.local_addr().map_err(RouterError::Listener)?;
     let drain_timeout = plan.drain_timeout;
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(plan.head_timeout)
+        .max_header_size(MAX_HEAD);
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
@@ -51,9 +54,13 @@ pub(super) async fn run(
             Some(_) = connections.join_next() => {}
             accepted = listener.accept(), if connections.len() < MAX_CONNECTIONS => match accepted {
                 Ok((stream, _)) => {
-                    let draining = shutdown.graceful().clone();
                     prepare(&stream, plan.chunk_timeout);
-                    connections.spawn(greet(stream, tls.clone(), routes.clone(), draining));
+                    let reception = Reception {
+                        http: http.clone(),
+                        front: front.clone(),
+                        draining: shutdown.graceful().clone(),
+                    };
+                    connections.spawn(greet(stream, tls.clone(), reception));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection");
@@ -89,13 +96,25 @@ fn prepare(stream: &TcpStream, patience: Duration) {
     }
 }
 
-async fn greet(stream: TcpStream, tls: Option<Tls>, routes: Router, draining: CancellationToken) {
+/// What a connection is served with.
+struct Reception {
+    http: http1::Builder,
+    front: Front,
+    draining: CancellationToken,
+}
+
+async fn greet(stream: TcpStream, tls: Option<Tls>, reception: Reception) {
     let Some(tls) = tls else {
-        return connection(stream, routes, draining).await;
+        return connection(stream, reception).await;
     };
     // Whoever has not asked for anything yet is not waited for.
-    match draining.run_until_cancelled(tls.accept(stream)).await {
-        Some(Ok(stream)) => connection(stream, routes, draining).await,
+    let handshake = reception
+        .draining
+        .clone()
+        .run_until_cancelled_owned(tls.accept(stream));
+    match handshake.await {
+        // Boxed: a connection without TLS need not have room for one.
+        Some(Ok(stream)) => Box::pin(connection(stream, reception)).await,
         Some(Err(error)) => tracing::debug!(%error, "a client's TLS handshake failed"),
         None => {}
     }
@@ -103,13 +122,14 @@ async fn greet(stream: TcpStream, tls: Option<Tls>, routes: Router, draining: Ca
 
 async fn connection(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    routes: Router,
-    draining: CancellationToken,
+    reception: Reception,
 ) {
-    let served = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
-        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+    let Reception {
+        http,
+        front,
+        draining,
+    } = reception;
+    let served = http.serve_connection(TokioIo::new(stream), front);
     let mut served = std::pin::pin!(served);
     let result = tokio::select! {
         result = served.as_mut() => result,

@@ -18,6 +18,7 @@ use bytes::{Bytes, BytesMut};
 use http_body::Body;
 
 use super::legs::{LegError, excerpt};
+use super::pool::NodeBody;
 
 /// Bytes of one event.
 const MAX_EVENT: usize = 16 << 20;
@@ -43,16 +44,16 @@ pub(super) enum Last {
 
 /// Whole events from a node.
 pub(super) struct EventStream {
-    upstream: reqwest::Body,
+    upstream: Box<NodeBody>,
     splitter: Splitter,
     /// The node said so after events that went out.
     failure: Option<LegError>,
 }
 
 impl EventStream {
-    pub(super) fn new(upstream: reqwest::Body, last: Last) -> Self {
+    pub(super) fn new(upstream: NodeBody, last: Last) -> Self {
         Self {
-            upstream,
+            upstream: Box::new(upstream),
             splitter: Splitter::new(last),
             failure: None,
         }
@@ -70,11 +71,9 @@ impl EventStream {
         loop {
             let events = std::future::poll_fn(|cx| self.poll_events(cx)).await;
             let events = events.unwrap_or(Err(LegError::Truncated))?;
-            let code = error_code(&events);
-            if code.is_none()
-                && waiting.len() + events.len() <= opening::MOST
-                && opening::says_nothing(&events)
-            {
+            let said = opening::said(&events);
+            let code = error_code(said);
+            if said.is_empty() && waiting.len() + events.len() <= opening::MOST {
                 waiting.extend_from_slice(&events);
                 continue;
             }

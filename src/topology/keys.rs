@@ -150,6 +150,8 @@ pub(super) const ROUTER: Table = Table {
         key("first_byte_timeout", Duration, Is("\"600s\""), "From sending a request to a node to the head of its reply (for a stream) or the whole reply."),
         key("chunk_timeout", Duration, Is("\"120s\""), "Between two pieces of a stream."),
         key("handoff_timeout", Duration, Is("\"60s\""), "From sending a prompt to prefill to its KV being ready; then decode computes it itself."),
+        key("head_timeout", Duration, Is("\"120s\""), "How long a client's connection may be idle, or take to send a request's head."),
+        key("body_timeout", Duration, Is("\"60s\""), "From a request's head to the end of its body."),
         key("max_body", Size, Is("\"64MiB\""), "Of a request."),
         key("max_in_flight", Integer(1, 1_000_000, 1), Is("1024"), "Requests at a time."),
         key("max_queue", Integer(0, 1_000_000, 1), Is("1024"), "Requests that may wait; more are answered 429."),

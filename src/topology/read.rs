@@ -227,6 +227,8 @@ fn router(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RouterSettings {
     let first_byte_timeout = positive("first_byte_timeout", default.first_byte_timeout);
     let chunk_timeout = positive("chunk_timeout", default.chunk_timeout);
     let handoff_timeout = positive("handoff_timeout", default.handoff_timeout);
+    let head_timeout = positive("head_timeout", default.head_timeout);
+    let body_timeout = positive("body_timeout", default.body_timeout);
     let max_body = section.get("max_body", size);
     let tls = tls(&mut section, base);
     let cors_origins = section.strings("cors_origins");
@@ -248,6 +250,8 @@ fn router(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RouterSettings {
         first_byte_timeout,
         chunk_timeout,
         handoff_timeout,
+        head_timeout,
+        body_timeout,
         max_body: max_body.map_or(default.max_body, |bytes| {
             usize::try_from(bytes).unwrap_or(usize::MAX)
         }),

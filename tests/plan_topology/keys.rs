@@ -71,6 +71,8 @@ connect_timeout = "1s"
 first_byte_timeout = "2s"
 chunk_timeout = "3s"
 handoff_timeout = "4s"
+head_timeout = "5s"
+body_timeout = "6s"
 max_body = "5MiB"
 max_in_flight = 6
 max_queue = 0
@@ -135,11 +137,13 @@ tensor_parallel = 2
         router.first_byte_timeout,
         router.chunk_timeout,
         router.handoff_timeout,
+        router.head_timeout,
+        router.body_timeout,
         router.queue_timeout,
         router.drain_timeout,
     ]
     .map(|duration| duration.as_secs());
-    assert_eq!(seconds, [1, 2, 3, 4, 0, 8]);
+    assert_eq!(seconds, [1, 2, 3, 4, 5, 6, 0, 8]);
     assert_eq!(
         (router.max_body, router.max_in_flight, router.max_queue),
         (5 << 20, 6, 0)

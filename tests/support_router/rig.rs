@@ -34,6 +34,8 @@ pub fn plan() -> RouterPlan {
         first_byte_timeout: far,
         chunk_timeout: far,
         handoff_timeout: far,
+        head_timeout: far,
+        body_timeout: far,
         max_body: 1 << 20,
         max_in_flight: 512,
         max_queue: 512,

@@ -11,13 +11,18 @@ use serde_json::{Map, Value};
 /// the ids of a prompt of a million tokens.
 pub const MOST: usize = 8 << 20;
 
-/// Every event names choices without a single piece of an answer.
-pub fn says_nothing(events: &[u8]) -> bool {
-    let lines = events.split(|byte| *byte == b'\n');
-    let mut lines = lines
-        .filter(|line| !line.trim_ascii().is_empty())
-        .peekable();
-    lines.peek().is_some() && lines.all(is_bare)
+/// From the first event on that is more than choices without a single piece of an answer; empty: there is none.
+pub fn said(events: &[u8]) -> &[u8] {
+    let mut rest = events;
+    while !rest.is_empty() {
+        let end = rest.iter().position(|byte| *byte == b'\n');
+        let (line, after) = rest.split_at(end.map_or(rest.len(), |end| end + 1));
+        if !line.trim_ascii().is_empty() && !is_bare(line) {
+            break;
+        }
+        rest = after;
+    }
+    rest
 }
 
 /// The rest of it, a prompt's ids among them, is skipped.
@@ -63,6 +68,10 @@ fn is_empty(value: &Value) -> bool {
 mod tests {
     use super::*;
 
+    fn says_nothing(events: &[u8]) -> bool {
+        said(events).is_empty()
+    }
+
     const ROLE: &str = r#"data: {"id":"x","choices":[{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}],"prompt_token_ids":[1,2]}"#;
 
     #[test]
@@ -100,7 +109,6 @@ mod tests {
             "event: error\n\n".to_owned(),
             "data: {\"usage\":{}}\n\n".to_owned(),
             "data: not json\n\n".to_owned(),
-            String::new(),
         ] {
             assert!(!says_nothing(events.as_bytes()), "{events}");
         }
