@@ -54,8 +54,9 @@ class Slots:
         self._map = mmap.mmap(self._arena.file, self._arena.size)
         self._count = int(fleet.metric("pegaflow_engine_slots"))
         header = -(-GENERATION.size * self._count // PAGE) * PAGE
-        row, rest = divmod(self._arena.size - header, self._count)
-        assert rest == 0, "rows of these models are whole pages of memory"
+        # Rows of this model are whole pages; what is left at the end, less than a page a slot, fills the last 2 MiB.
+        row = (self._arena.size - header) // self._count // PAGE * PAGE
+        assert row > 0 and self._arena.size - header - self._count * row < 2 << 20
         self._rows = slice(header, header + self._count * row)
         self._words = row // 8
 
