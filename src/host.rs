@@ -43,6 +43,9 @@ use crate::topology::PciAddress;
 pub struct HostSnapshot {
     /// Cores that this process may use, ascending.
     pub cpus: Vec<usize>,
+    /// They multiply matrices of bfloat16 in tiles (Intel's AMX).
+    #[serde(default)]
+    pub amx: bool,
     /// Bytes: the machine's, or the control group's where that is less.
     pub memory_total: u64,
     /// Bytes of it that can be had without swapping.
@@ -120,6 +123,7 @@ impl HostSnapshot {
         let found = take_gpus();
         Ok(Self {
             cpus: cores()?,
+            amx: has_amx(root),
             memory_total: amount.total,
             memory_available: amount.available,
             memory: MemoryFacts::read(root, amount.limited),
@@ -153,6 +157,18 @@ fn cores() -> Result<Vec<usize>, HostError> {
         .collect())
 }
 
+/// A file that cannot be read says nothing.
+fn has_amx(root: &Path) -> bool {
+    let text = std::fs::read_to_string(root.join("proc/cpuinfo")).unwrap_or_default();
+    text.lines()
+        .find_map(|line| line.strip_prefix("flags"))
+        .is_some_and(|flags| {
+            flags
+                .split_ascii_whitespace()
+                .any(|flag| flag == "amx_bf16")
+        })
+}
+
 /// A field of /proc/meminfo in bytes.
 fn memory_field(meminfo: &str, field: &'static str) -> Result<u64, HostError> {
     meminfo
@@ -173,6 +189,24 @@ mod tests {
         assert!(!host.cpus.is_empty());
         assert!(host.cpus.is_sorted());
         assert!(host.memory_available > 0 && host.memory_available <= host.memory_total);
+    }
+
+    #[test]
+    fn amx_is_a_flag_of_its_own() {
+        let root = tempfile::tempdir().unwrap();
+        std::fs::create_dir(root.path().join("proc")).unwrap();
+        for (text, amx) in [
+            ("flags\t\t: fpu avx512f amx_bf16 amx_tile\n", true),
+            (
+                "model name: amx_bf16\nflags\t: fpu amx_bf16x amx_tile\n",
+                false,
+            ),
+            ("", false),
+        ] {
+            std::fs::write(root.path().join("proc/cpuinfo"), text).unwrap();
+            assert_eq!(has_amx(root.path()), amx, "{text}");
+        }
+        assert!(!has_amx(&root.path().join("nowhere")));
     }
 
     #[test]

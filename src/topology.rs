@@ -154,7 +154,8 @@ pub struct KvSettings {
     pub verify: bool,
     /// Skips the refusal of models that are known to answer wrongly with loaded KV.
     pub allow_unproven_models: bool,
-    pub canary_logprob_tolerance: f64,
+    /// `None`: what the device and the processor allow.
+    pub canary_logprob_tolerance: Option<f64>,
 }
 
 /// The variable for API keys, with commas between them; beside [`RouterSettings::api_keys`].

@@ -107,6 +107,15 @@ pub enum NumaPlan {
     Interleave(Vec<u32>),
 }
 
+/// How far equal answers may be apart. With AMX, vLLM on the CPU is not equal to itself bit by bit: the
+/// pieces in which a prompt is computed decide how sums are rounded.
+fn rounding(device: Device, host: &HostSnapshot) -> f64 {
+    match device {
+        Device::Cpu if !host.amx => 0.0,
+        Device::Cpu | Device::Cuda => 0.05,
+    }
+}
+
 /// The plan of the store; meaningful only if no problem was found.
 pub(super) fn plan(
     topology: &Topology,
@@ -130,7 +139,9 @@ pub(super) fn plan(
         },
         page_note: None,
         handoff_deadline: settings.handoff_deadline,
-        canary_logprob_tolerance: settings.canary_logprob_tolerance,
+        canary_logprob_tolerance: settings
+            .canary_logprob_tolerance
+            .unwrap_or(rounding(topology.device, host)),
     };
     let store = Store {
         topology,

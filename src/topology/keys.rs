@@ -128,7 +128,7 @@ pub(super) const KV: Table = Table {
         key("save_decoded", Boolean, Is("false"), "Decode nodes save the tokens they generate too, for the next turn of a conversation."),
         key("verify", Boolean, Is("false"), "A checksum is kept of everything that is saved and compared at every load; what differs is computed again."),
         key("allow_unproven_models", Boolean, Is("false"), "Skips the refusal of models that are known to answer wrongly with loaded KV."),
-        key("canary_logprob_tolerance", Number(0.0, 10.0), Words("0.05, on CPU 0.0"), "How far log probabilities with loaded KV may be from computed ones; 0.0 is bit-exact."),
+        key("canary_logprob_tolerance", Number(0.0, 10.0), Words("0.05, on CPU without AMX 0.0"), "How far log probabilities with loaded KV may be from computed ones; 0.0 is bit-exact."),
     ],
 };
 

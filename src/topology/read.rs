@@ -77,7 +77,7 @@ pub(super) fn topology(document: &DeTable<'_>, findings: &mut Findings<'_>) -> T
         block_size,
         max_model_len: top.get("max_model_len", integer(1..=1 << 30)),
         runtime: runtime(&mut top, &base),
-        kv: kv(&mut top, device),
+        kv: kv(&mut top),
         router: router(&mut top, &base),
         supervisor: supervisor(&mut top),
         nodes,
@@ -194,7 +194,7 @@ fn runtime(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RuntimeSettings {
     }
 }
 
-fn kv(top: &mut Section<'_, '_, '_, '_>, device: Device) -> KvSettings {
+fn kv(top: &mut Section<'_, '_, '_, '_>) -> KvSettings {
     let mut section = top.sub("kv", &keys::KV);
     KvSettings {
         capacity: section
@@ -210,12 +210,7 @@ fn kv(top: &mut Section<'_, '_, '_, '_>, device: Device) -> KvSettings {
         allow_unproven_models: section
             .get("allow_unproven_models", boolean)
             .unwrap_or(false),
-        canary_logprob_tolerance: section
-            .get("canary_logprob_tolerance", number(0.0..=10.0))
-            .unwrap_or(match device {
-                Device::Cuda => 0.05,
-                Device::Cpu => 0.0,
-            }),
+        canary_logprob_tolerance: section.get("canary_logprob_tolerance", number(0.0..=10.0)),
     }
 }
 

@@ -37,7 +37,7 @@ fn the_smallest_file_has_all_defaults() {
 
     let cpu = Topology::parse(&unified_cpu(""), Path::new("t.toml")).unwrap();
     assert_eq!(cpu.block_size, 32);
-    assert_eq!(cpu.kv.canary_logprob_tolerance, 0.0);
+    assert_eq!(cpu.kv.canary_logprob_tolerance, None);
     assert_eq!(cpu.nodes[0].kv_cache, Some(1 << 30));
 }
 
@@ -129,7 +129,7 @@ tensor_parallel = 2
     assert_eq!(topology.kv.handoff_deadline, Duration::from_secs(7));
     assert!(topology.kv.allow_unproven_models);
     assert!(topology.kv.save_decoded && topology.kv.verify);
-    assert_eq!(topology.kv.canary_logprob_tolerance, 1.0);
+    assert_eq!(topology.kv.canary_logprob_tolerance, Some(1.0));
     let router = &topology.router;
     assert_eq!(router.listen, ([0, 0, 0, 0], 9000).into());
     let seconds = [

@@ -384,3 +384,26 @@ fn each_pool_gets_an_equal_part_of_the_capacity() {
     );
     assert_eq!(super::pools(&[], 7 << 20), [PoolPlan::only(6 << 20)]);
 }
+
+#[test]
+fn bits_are_equal_where_the_processor_rounds_alike() {
+    for (device, amx, kv, tolerance) in [
+        ("cpu", false, "", 0.0),
+        ("cpu", true, "", 0.05),
+        ("cuda", false, "", 0.05),
+        ("cpu", true, "canary_logprob_tolerance = 0.0", 0.0),
+    ] {
+        let host = HostSnapshot { amx, ..host() };
+        let plan = plan(
+            &topology(device, kv),
+            &host,
+            &[],
+            &[],
+            &mut Found::default(),
+        );
+        assert_eq!(
+            plan.canary_logprob_tolerance, tolerance,
+            "{device}, {amx}, {kv}"
+        );
+    }
+}
