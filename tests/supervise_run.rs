@@ -197,7 +197,9 @@ async fn a_killed_leader_is_seen_and_replaced_and_the_end_is_clean() {
     assert_eq!(alive(&up.marker).len(), 4);
     let killed = Instant::now();
     kill(leader(&first), Signal::SIGKILL).unwrap();
-    let dead = up.until("not ready", |node| !node.is_ready()).await;
+    // A health probe may miss it before its end is known.
+    let dead = |node: &NodeView| !node.is_ready() && node.reason.is_some();
+    let dead = up.until("not ready, and why", dead).await;
     assert!(
         killed.elapsed() < Duration::from_secs(2),
         "{:?}",
