@@ -15,6 +15,11 @@ quick:
 bench:
     bash benches/run.sh
 
+# Clients that nobody here wrote (openai, anthropic, litellm, langchain, vllm bench serve, curl), against real vLLM.
+clients *which:
+    cargo build --locked --release
+    tests/clients/run.sh {{which}}
+
 # What takes longer than CI may: property tests with many more cases, a thousand kills at the store and a thousand of
 # nodes, ten minutes of all faults at once under 200 requests a second, the whole fault matrix, real vLLM with a store
 # that is too small, with failing loads and cut connections, and the fault tests on the fake, round after round.
