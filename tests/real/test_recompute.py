@@ -56,7 +56,8 @@ class Slots:
         header = -(-GENERATION.size * self._count // PAGE) * PAGE
         # Rows of this model are whole pages; what is left at the end, less than a page a slot, fills the last 2 MiB.
         row = (self._arena.size - header) // self._count // PAGE * PAGE
-        assert row > 0 and self._arena.size - header - self._count * row < 2 << 20
+        assert row > 0
+        assert self._arena.size - header - self._count * row < 2 << 20
         self._rows = slice(header, header + self._count * row)
         self._words = row // 8
 
