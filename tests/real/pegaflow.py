@@ -160,6 +160,8 @@ class Reference:
         self.python = self.argv[0]
         env = {k: v for k, v in machine.environment(leader).items() if not k.startswith("PEGAFLOW")}
         env.pop("PYTHONPATH", None)
+        # The key of this run is the fleet's.
+        env.pop("VLLM_API_KEY", None)
         env["VLLM_PORT"] = str(machine.free_port())
         self.log = workdir / "reference.log"
         self.fleet, self.shm_before = fleet, machine.shm_files()
