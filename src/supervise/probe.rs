@@ -36,10 +36,11 @@ pub enum CallError {
 }
 
 impl CallError {
-    /// The node may just be busy, or dying, which its supervisor will see.
+    /// The node may just be busy, or dying, which its supervisor will see: a server whose engine has died
+    /// answers 500 to all it has, for seconds.
     pub fn may_pass(&self) -> bool {
         matches!(self, Self::Timeout(_) | Self::Transport(_))
-            || matches!(self, Self::Status { status, .. } if *status == StatusCode::SERVICE_UNAVAILABLE)
+            || matches!(self, Self::Status { status, .. } if status.is_server_error())
     }
 }
 

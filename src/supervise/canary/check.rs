@@ -226,3 +226,24 @@ fn set(body: &mut Value, key: &str, value: Value) {
         object.insert(key.to_owned(), value);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use reqwest::StatusCode;
+
+    use super::*;
+
+    /// Three faults refuse a node for good.
+    #[test]
+    fn a_server_error_is_no_fault_of_the_pair_and_a_refused_request_is() {
+        for (status, severity) in [
+            (StatusCode::INTERNAL_SERVER_ERROR, Severity::Broken),
+            (StatusCode::SERVICE_UNAVAILABLE, Severity::Broken),
+            (StatusCode::BAD_REQUEST, Severity::Fault),
+        ] {
+            let body = "engine core died".to_owned();
+            let error = CheckError::Decode(CallError::Status { status, body });
+            assert_eq!(error.severity(), severity, "{status}");
+        }
+    }
+}
