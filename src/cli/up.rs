@@ -45,7 +45,8 @@ use crate::traffic::Traffic;
 
 /// How long the engine's thread may take to end once its sessions are gone.
 const ENGINE_STOP: Duration = Duration::from_secs(5);
-/// One canary: three prompts, each computed twice, on nodes that are warm.
+/// For one request of the canary, and no longer than a start may take: while a node keeps it waiting, no other
+/// node is examined.
 const CANARY_DEADLINE: Duration = Duration::from_secs(120);
 /// How long a node waits for a partner before it serves whole requests.
 const PARTNER_GRACE: Duration = Duration::from_secs(60);
@@ -309,7 +310,7 @@ fn canary(plan: &Plan) -> CanaryPlan {
     CanaryPlan {
         block_size: plan.model.block_size,
         tolerance: plan.kv.canary_logprob_tolerance,
-        deadline: CANARY_DEADLINE,
+        deadline: CANARY_DEADLINE.min(plan.supervisor.start_timeout),
         partner_grace: PARTNER_GRACE,
     }
 }
