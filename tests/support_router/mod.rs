@@ -4,6 +4,7 @@
 
 pub mod command;
 mod rig;
+pub mod storyteller;
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};

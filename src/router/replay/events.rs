@@ -3,8 +3,12 @@
 //! The words that are looked for begin or end at a quote that is not escaped and stand before a
 //! colon: inside a string they cannot occur, there the quote would be escaped.
 
+use std::sync::LazyLock;
+
 use bytes::{Bytes, BytesMut};
-use memchr::memmem;
+use memchr::memmem::Finder;
+
+use super::super::body::Fields;
 
 /// What a client gets of some events, and what was seen in them.
 pub(super) struct Pieces {
@@ -27,24 +31,25 @@ pub(super) struct Look {
     pub(super) unreadable: bool,
 }
 
-/// The end of `"token_ids":` and of `"prompt_token_ids":`.
-const IDS: &[u8] = b"token_ids\":";
 const PROMPT: &[u8] = b"\"prompt_";
-const FINISH: &[u8] = b"\"finish_reason\":";
-const DELTA: &[u8] = b"\"delta\":{";
+/// The end of `"token_ids":` and of `"prompt_token_ids":`. Made once: every piece of every stream is searched.
+static IDS: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new(b"token_ids\":"));
+static FINISH: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new(b"\"finish_reason\":"));
+static DELTA: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new(b"\"delta\":"));
+static END: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new(b"\"choices\":[]"));
 
 /// Reads whole events; `keep`: the ids stay in them.
 pub(super) fn look(events: Bytes, keep: bool) -> Pieces {
     let mut look = Look {
         finished: is_finished(&events),
-        ended: memmem::find(&events, b"\"choices\":[]").is_some(),
+        ended: END.find(&events).is_some(),
         odd: is_odd(&events),
         ..Look::default()
     };
     let mut text: Option<BytesMut> = None;
     let mut copied = 0;
-    for at in memmem::find_iter(&events, IDS) {
-        let value = at + IDS.len();
+    for at in IDS.find_iter(&events) {
+        let value = at + IDS.needle().len();
         let rest = events.get(value..).unwrap_or_default();
         let Some((ids, length)) = ids(rest) else {
             look.unreadable = true;
@@ -111,26 +116,35 @@ fn ids(json: &[u8]) -> Option<(Vec<u32>, usize)> {
 }
 
 fn is_finished(events: &[u8]) -> bool {
-    memmem::find_iter(events, FINISH).any(|at| {
-        let value = events.get(at + FINISH.len()..).unwrap_or_default();
-        value.trim_ascii_start().starts_with(b"\"")
+    FINISH
+        .find_iter(events)
+        .any(|at| after(events, at, &FINISH).starts_with(b"\""))
+}
+
+/// A delta that says more than its role and its content, or neither: then a parser has worked on it, and may
+/// hold something back.
+fn is_odd(events: &[u8]) -> bool {
+    DELTA.find_iter(events).any(|at| {
+        let json = serde_json::Deserializer::from_slice(after(events, at, &DELTA));
+        match json.into_iter::<Fields<'_>>().next() {
+            Some(Ok(delta)) => !is_plain(&delta),
+            Some(Err(_)) | None => true,
+        }
     })
 }
 
-/// A delta that does not begin with its content or its role, or has a parser's work in it. One that
-/// is empty is a parser's as well: it holds something back.
-fn is_odd(events: &[u8]) -> bool {
-    let begins = |at: usize| {
-        let delta = events.get(at + DELTA.len()..).unwrap_or_default();
-        let delta = delta.trim_ascii_start();
-        delta.starts_with(b"\"content\":") || delta.starts_with(b"\"role\":")
-    };
-    let parsed = |word: &[u8]| memmem::find(events, word).is_some();
-    !memmem::find_iter(events, DELTA).all(begins)
-        || parsed(b"\"reasoning\":\"")
-        || parsed(b"\"reasoning_content\":\"")
-        || parsed(b"\"tool_calls\":[{")
-        || parsed(b"\"function_call\":{")
+fn is_plain(delta: &Fields<'_>) -> bool {
+    let says = |key: &str| delta.present(key).is_some();
+    (says("role") || says("content"))
+        && delta.iter().all(|(key, raw)| {
+            matches!(key, "role" | "content") || matches!(raw, "null" | "[]" | "\"\"")
+        })
+}
+
+/// What follows a word that was found at `at`.
+fn after<'a>(events: &'a [u8], at: usize, word: &Finder<'_>) -> &'a [u8] {
+    let rest = events.get(at + word.needle().len()..).unwrap_or_default();
+    rest.trim_ascii_start()
 }
 
 pub(super) fn ids_json<'a>(ids: impl Iterator<Item = &'a u32>) -> String {

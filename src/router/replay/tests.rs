@@ -197,7 +197,7 @@ fn a_chat_goes_on_as_a_completion_and_stays_a_chat() {
     role.as_object_mut().unwrap().remove("prompt_token_ids");
     assert_eq!(read(&seen), [role]);
     transcript.take(event(&chat(
-        json!({"index": 0, "delta": {"content": "x"}, "finish_reason": null, "token_ids": [3]}),
+        json!({"index": 0, "delta": {"content": "x", "reasoning": null, "tool_calls": []}, "finish_reason": null, "token_ids": [3]}),
     )));
     // No limit of its own: the model's.
     let next = transcript.next();
@@ -268,6 +268,8 @@ fn what_a_parser_made_does_not_go_on() {
     for delta in [
         json!({"reasoning": "hm"}),
         json!({"content": "x", "tool_calls": [{"index": 0}]}),
+        json!({"content": "x", "something_new": 1}),
+        json!({"content": null}),
         json!({}),
     ] {
         let mut transcript = transcript(Endpoint::Chat, &with(json!({})));
