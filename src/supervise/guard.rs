@@ -48,6 +48,8 @@ use shm::Shm;
 /// From pegaflow's death to KILL: the whole tree must be gone within five seconds.
 const ORPHAN_GRACE: Duration = Duration::from_secs(2);
 const SHM_SCAN: Duration = Duration::from_secs(1);
+/// A file that has just appeared is mapped by then. Also the shortest time between two scans for such.
+const SHM_SETTLE: Duration = Duration::from_millis(20);
 const KILL_ROUND: Duration = Duration::from_millis(10);
 const MAX_COMMAND: usize = 4096;
 
@@ -213,6 +215,8 @@ struct Guard {
     /// pegaflow is dead.
     orphaned: bool,
     shm: Shm,
+    /// The next look is due after [`SHM_SETTLE`]: a file has appeared.
+    settling: bool,
     group: Option<Group>,
 }
 
@@ -228,6 +232,7 @@ impl Guard {
             mode: Mode::Running,
             orphaned: false,
             shm,
+            settling: false,
             group,
         }
     }
@@ -237,6 +242,7 @@ impl Guard {
         loop {
             self.wait(signals)?;
             while let Ok(Some(_)) = signals.read_signal() {}
+            self.settling = self.shm.take_appeared();
             if !self.orphaned {
                 self.read_control();
             }
@@ -270,7 +276,8 @@ impl Guard {
     }
 
     fn wait(&self, signals: &SignalFd) -> Result<(), GuardError> {
-        let mut limit = self.shm.wants_notes().then_some(SHM_SCAN);
+        let scan = if self.settling { SHM_SETTLE } else { SHM_SCAN };
+        let mut limit = self.shm.wants_notes().then_some(scan);
         let wanted = match self.mode {
             Mode::Running => None,
             Mode::Stopping { deadline } => Some(deadline.saturating_duration_since(Instant::now())),
@@ -287,6 +294,9 @@ impl Guard {
         let mut fds = vec![readable(signals.as_fd())];
         if !self.orphaned {
             fds.push(readable(self.control.as_fd()));
+        }
+        if let (Some(appeared), false) = (self.shm.appeared(), self.settling) {
+            fds.push(readable(appeared));
         }
         match poll(&mut fds, timeout) {
             Ok(_) | Err(Errno::EINTR) => Ok(()),

@@ -2,16 +2,19 @@
 //!
 //! Best is a `/dev/shm` of the tree's own, in a mount namespace that dies with it. Where the
 //! kernel refuses that, the guard notes what its living tree maps, because nobody can tell whose
-//! a file was once the tree is dead.
+//! a file was once the tree is dead. It looks now and then, and at once when a file appears: a
+//! process that dies right after it made one must not leave it, or a crash loop fills /dev/shm.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::unistd::{Pid, geteuid};
 
 use super::processes;
@@ -25,12 +28,14 @@ pub enum Shm {
     Noted(Notes),
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Notes {
     /// Inodes that were there before the tree was.
     before: BTreeSet<u64>,
     /// What the tree has mapped since.
     owned: BTreeMap<PathBuf, u64>,
+    /// Readable when a file has appeared; none where the user's instances are used up.
+    appeared: Option<Inotify>,
 }
 
 impl Shm {
@@ -48,12 +53,37 @@ impl Shm {
         Self::Noted(Notes {
             before,
             owned: BTreeMap::new(),
+            appeared: watch_dir().ok(),
         })
     }
 
     /// [`Shm::note`] must be called now and then while the tree lives.
     pub fn wants_notes(&self) -> bool {
         matches!(self, Self::Noted(_))
+    }
+
+    /// Readable when somebody has made a file.
+    pub fn appeared(&self) -> Option<BorrowedFd<'_>> {
+        match self {
+            Self::Private => None,
+            Self::Noted(notes) => notes.appeared.as_ref().map(AsFd::as_fd),
+        }
+    }
+
+    /// True when somebody has made a file since the last call.
+    pub fn take_appeared(&self) -> bool {
+        let Self::Noted(notes) = self else {
+            return false;
+        };
+        let mut any = false;
+        while notes
+            .appeared
+            .as_ref()
+            .is_some_and(|appeared| appeared.read_events().is_ok())
+        {
+            any = true;
+        }
+        any
     }
 
     /// What the tree has come to map since the last call.
@@ -80,24 +110,40 @@ impl Shm {
     }
 }
 
+fn watch_dir() -> Result<Inotify, Errno> {
+    let appeared = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
+    appeared.add_watch(SHM, AddWatchFlags::IN_CREATE | AddWatchFlags::IN_MOVED_TO)?;
+    Ok(appeared)
+}
+
 /// Removes files of a dead tree, unless somebody else maps them by now.
 pub fn remove(owned: BTreeMap<PathBuf, u64>) {
     if owned.is_empty() {
         return;
     }
-    let in_use: BTreeSet<u64> = processes::all()
-        .iter()
-        .flat_map(|process| mapped_by(process.pid))
-        .map(|(_, inode)| inode)
-        .collect();
+    let mut mapped = vec![];
+    for process in processes::all() {
+        let files = mapped_by(process.pid).into_iter();
+        mapped.extend(files.map(|(path, inode)| (process.pid, path, inode)));
+    }
     for (path, inode) in owned {
-        let ours = fs::symlink_metadata(&path).is_ok_and(|file| {
-            file.is_file() && file.ino() == inode && file.uid() == geteuid().as_raw()
+        let Ok(file) = fs::symlink_metadata(&path) else {
+            continue;
+        };
+        let ours = file.is_file() && file.ino() == inode && file.uid() == geteuid().as_raw();
+        let in_use = mapped.iter().any(|(pid, path, other)| {
+            *other == inode && !is_on_another_device(*pid, path, file.dev())
         });
-        if ours && !in_use.contains(&inode) {
+        if ours && !in_use {
             let _ = fs::remove_file(&path);
         }
     }
+}
+
+/// A private /dev/shm counts its inodes from one again, so their numbers meet those of the machine's.
+fn is_on_another_device(pid: Pid, path: &Path, device: u64) -> bool {
+    let path = format!("/proc/{pid}/root{}", path.display());
+    fs::symlink_metadata(path).is_ok_and(|file| file.dev() != device)
 }
 
 fn isolate() -> Result<(), Errno> {
