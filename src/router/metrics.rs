@@ -2,9 +2,10 @@
 //!
 //! What every request or piece needs is looked up once, here: a lookup by labels costs more than the rest of it.
 
+mod labels;
+
 use std::time::Duration;
 
-use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -12,61 +13,15 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
 use super::breaker::Duty;
+use super::replay::Refusal;
 use super::timeline::AnswerLeg;
 use crate::fleet::NodeId;
-use crate::handoff::HandoffFailure;
 use crate::traffic::NodeLoad;
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub(super) struct RequestLabels {
-    pub(super) endpoint: &'static str,
-    pub(super) outcome: &'static str,
-    pub(super) path: &'static str,
-    pub(super) reason: &'static str,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct PathLabels {
-    path: &'static str,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct RetryLabels {
-    leg: &'static str,
-    reason: &'static str,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ReplayLabels {
-    outcome: &'static str,
-    reason: &'static str,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct LegLabels {
-    leg: &'static str,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ReasonLabels {
-    reason: &'static str,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct StageLabels {
-    stage: &'static str,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct NodeLabels {
-    node: String,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct BreakerLabels {
-    node: String,
-    leg: &'static str,
-}
+pub(super) use labels::RequestLabels;
+use labels::{
+    BreakerLabels, FALLBACKS, LegLabels, NodeLabels, PathLabels, REPLAYS, ReasonLabels,
+    ReplayLabels, RetryLabels, STAGES, StageLabels,
+};
 
 /// Which way a request took.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -127,22 +82,6 @@ pub struct RouterMetrics {
     node_requests: Family<NodeLabels, Gauge>,
     node_tokens: Family<NodeLabels, Gauge>,
 }
-
-/// Why a prompt was not handed off, as far as it is known beforehand; a failed leg adds its own.
-const FALLBACKS: [&str; 12] = [
-    "no_decode_node",
-    "breaker_open",
-    "not_opened",
-    "handoff_timeout",
-    HandoffFailure::NoSpace.label(),
-    HandoffFailure::ProducerDied.label(),
-    HandoffFailure::Aborted.label(),
-    HandoffFailure::SaveFailed.label(),
-    HandoffFailure::Damaged.label(),
-    HandoffFailure::Deadline.label(),
-    HandoffFailure::Abandoned.label(),
-    HandoffFailure::EngineDown.label(),
-];
 
 impl RouterMetrics {
     pub fn register(registry: &mut Registry) -> Self {
@@ -209,7 +148,6 @@ impl RouterMetrics {
             breakers.clone(),
         );
         let fallbacks = Family::<ReasonLabels, Counter>::default();
-        // There from the start, at zero: a rate over a counter that does not exist yet is no rate.
         for reason in FALLBACKS {
             drop(fallbacks.get_or_create(&ReasonLabels { reason }));
         }
@@ -219,12 +157,19 @@ impl RouterMetrics {
             fallbacks.clone(),
         );
         let cancellations = Family::<StageLabels, Counter>::default();
+        for stage in STAGES {
+            drop(cancellations.get_or_create(&StageLabels { stage }));
+        }
         registry.register(
             "cancellations",
             "Requests whose client went away, by what was being waited for",
             cancellations.clone(),
         );
         let replays = Family::<ReplayLabels, Counter>::default();
+        let refused = Refusal::ALL.map(|refusal| ("refused", refusal.label()));
+        for (outcome, reason) in REPLAYS.into_iter().chain(refused) {
+            drop(replays.get_or_create(&ReplayLabels { outcome, reason }));
+        }
         registry.register(
             "replays",
             "Streams whose node failed after their first piece, and what became of them",

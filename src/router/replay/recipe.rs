@@ -37,6 +37,23 @@ pub(in super::super) enum Refusal {
 }
 
 impl Refusal {
+    pub(in super::super) const ALL: [Self; 14] = [
+        Self::Choices,
+        Self::Logprobs,
+        Self::Guided,
+        Self::Tools,
+        Self::Seed,
+        Self::Penalty,
+        Self::Stop,
+        Self::Multimodal,
+        Self::Echo,
+        Self::UnknownField,
+        Self::Limit,
+        Self::Parsed,
+        Self::NoIds,
+        Self::TooOften,
+    ];
+
     pub(in super::super) fn label(self) -> &'static str {
         match self {
             Self::Choices => "choices",
