@@ -8,12 +8,10 @@
 
 mod supervise_common;
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -21,81 +19,8 @@ use nix::sched::{CpuSet, sched_getaffinity};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use supervise_common::{LIMIT, alive, eventually, marker};
-
-struct Guard {
-    process: Child,
-    socket: BufReader<UnixStream>,
-    marker: String,
-    run_dir: tempfile::TempDir,
-}
-
-impl Guard {
-    /// The leader: python, with the marker as `sys.argv[1]`.
-    fn start(script: &str) -> Self {
-        Self::start_with(script, &["--private-shm"])
-    }
-
-    fn start_with(script: &str, flags: &[&str]) -> Self {
-        let marker = marker();
-        let run_dir = tempfile::tempdir().unwrap();
-        std::fs::write(run_dir.path().join("lock"), "").unwrap();
-        std::fs::write(run_dir.path().join("engine.sock"), "").unwrap();
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        ours.set_read_timeout(Some(LIMIT)).unwrap();
-        let process = Command::new(env!("CARGO_BIN_EXE_pegaflow"))
-            .args(["__guard", "--node", "n", "--run-dir"])
-            .arg(run_dir.path())
-            .args(flags)
-            .args(["--", "python3", "-c", script, &marker])
-            .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
-        Self {
-            process,
-            socket: BufReader::new(ours),
-            marker,
-            run_dir,
-        }
-    }
-
-    fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.socket.read_line(&mut line).unwrap();
-        match line.trim_end().rsplit_once(' ') {
-            // The guard's clock is nobody's business here.
-            Some((report, _)) if line.starts_with("exited ") => report.to_owned(),
-            _ => line.trim_end().to_owned(),
-        }
-    }
-
-    /// The leader's pid.
-    fn spawned(&mut self) -> Pid {
-        let line = self.line();
-        let pid = line.strip_prefix("spawned ").expect(&line).parse().unwrap();
-        Pid::from_raw(pid)
-    }
-
-    /// Waits until `count` processes of the tree run, the guard included.
-    fn wait_for(&self, count: usize) {
-        eventually("the tree is complete", || {
-            alive(&self.marker).len() == count
-        });
-    }
-
-    fn send(&mut self, command: &str) {
-        self.socket.get_mut().write_all(command.as_bytes()).unwrap();
-    }
-
-    /// Call after `empty`.
-    fn assert_gone(mut self) {
-        assert_eq!(self.line(), "empty");
-        assert!(self.process.wait().unwrap().success());
-        assert_eq!(alive(&self.marker), Vec::<i32>::new());
-        assert!(self.run_dir.path().join("engine.sock").exists());
-    }
-}
+use supervise_common::guard::Guard;
+use supervise_common::{LIMIT, alive, eventually};
 
 const SLEEP: &str = "import time; time.sleep(600)";
 const CHILD: &str = "import subprocess, sys, time\n\
@@ -402,116 +327,4 @@ fn the_leader_dies_with_its_guard() {
     guard.process.wait().unwrap();
     let marker = guard.marker.clone();
     eventually("the leader is gone", || alive(&marker).is_empty());
-}
-
-/// Maps a file in /dev/shm and leaves it there.
-const SHM: &str = "import mmap, os, time\n\
-    fd = os.open(PATH, os.O_CREAT | os.O_RDWR)\n\
-    os.ftruncate(fd, 4096)\n\
-    kept = mmap.mmap(fd, 4096)\n\
-    open(READY, 'w')\n\
-    time.sleep(600)";
-
-/// One whose leader has mapped a file, that file, and the directory that must outlive both.
-fn guard_with_shm(flags: &[&str]) -> (Guard, String, tempfile::TempDir) {
-    let path = format!("/dev/shm/pegaflow-test-{}", marker());
-    let dir = tempfile::tempdir().unwrap();
-    let ready = dir.path().join("ready");
-    let script = SHM
-        .replace("PATH", &format!("{path:?}"))
-        .replace("READY", &format!("{:?}", ready.to_str().unwrap()));
-    let mut guard = Guard::start_with(&script, flags);
-    guard.spawned();
-    eventually("the file is mapped", || ready.exists());
-    (guard, path, dir)
-}
-
-fn shm_is_cleaned(flags: &[&str]) -> bool {
-    let (mut guard, path, _dir) = guard_with_shm(flags);
-    let shared = Path::new(&path).exists();
-    if flags.is_empty() {
-        // For whoever outlives the guard.
-        let inode = std::fs::metadata(&path).unwrap().ino();
-        assert_eq!(guard.line(), format!("shm {inode} {path}"));
-    }
-    guard.send("kill\n");
-    assert!(guard.line().ends_with("signal 9"));
-    guard.assert_gone();
-    assert!(!Path::new(&path).exists());
-    shared
-}
-
-#[test]
-fn shared_memory_is_removed_by_notes_and_by_a_private_mount() {
-    assert!(shm_is_cleaned(&[]));
-    // Private where the kernel allows it; clean either way.
-    shm_is_cleaned(&["--private-shm"]);
-}
-
-/// Three short lives in a row, none of them as long as the guard's own rounds.
-#[test]
-fn shared_memory_of_a_short_life_is_removed() {
-    let path = format!("/dev/shm/pegaflow-test-{}", marker());
-    let script = "import mmap, os, time\n\
-        for life in range(3):\n\
-        \x20   if os.fork() == 0:\n\
-        \x20       fd = os.open(f'{PATH}{life}', os.O_CREAT | os.O_RDWR)\n\
-        \x20       os.ftruncate(fd, 4096)\n\
-        \x20       kept = mmap.mmap(fd, 4096)\n\
-        \x20       time.sleep(0.4)\n\
-        \x20       os._exit(1)\n\
-        \x20   os.wait()\n\
-        time.sleep(600)"
-        .replace("{PATH}", &path);
-    let mut guard = Guard::start_with(&script, &[]);
-    guard.spawned();
-    for life in 0..3 {
-        let line = guard.line();
-        assert!(line.ends_with(&format!("{path}{life}")), "{line}");
-    }
-    guard.send("kill\n");
-    assert!(guard.line().ends_with("signal 9"));
-    guard.assert_gone();
-    for life in 0..3 {
-        assert!(!Path::new(&format!("{path}{life}")).exists());
-    }
-}
-
-/// Inode numbers are counted per file system: one in a private /dev/shm says nothing of ours.
-#[test]
-fn a_file_of_a_private_mount_with_the_same_inode_keeps_nothing_alive() {
-    let (mut guard, path, _dir) = guard_with_shm(&[]);
-    let inode = guard.line().split(' ').nth(1).unwrap().to_owned();
-    let script = "import mmap, os, sys, time\n\
-        while True:\n\
-        \x20   fd = os.open('/dev/shm/other', os.O_CREAT | os.O_RDWR)\n\
-        \x20   if os.fstat(fd).st_ino >= INODE: break\n\
-        \x20   os.close(fd)\n\
-        \x20   os.remove('/dev/shm/other')\n\
-        os.ftruncate(fd, 4096)\n\
-        kept = mmap.mmap(fd, 4096)\n\
-        print('same' if os.fstat(fd).st_ino == INODE else 'other', flush=True)\n\
-        time.sleep(600)"
-        .replace("INODE", &inode);
-    let shell = "mount -t tmpfs tmpfs /dev/shm && exec python3 -c \"$0\"";
-    let mut other = Command::new("unshare")
-        .args(["--mount", "sh", "-c", shell, &script])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let mut said = String::new();
-    BufReader::new(other.stdout.take().unwrap())
-        .read_line(&mut said)
-        .unwrap();
-    if said.trim_end() != "same" {
-        eprintln!("not tested: no private mount here, or its inodes are not counted up ({said:?})");
-    }
-    guard.send("kill\n");
-    assert!(guard.line().ends_with("signal 9"));
-    guard.assert_gone();
-    let left = Path::new(&path).exists();
-    other.kill().unwrap();
-    other.wait().unwrap();
-    assert!(!left, "{said}");
 }

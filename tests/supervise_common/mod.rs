@@ -1,4 +1,7 @@
 //! Finding processes by a marker in their arguments.
+#![allow(dead_code, reason = "each test file uses a part")]
+
+pub mod guard;
 
 use std::time::{Duration, Instant};
 
