@@ -12,13 +12,14 @@
 //! turns the store off (nodes recompute) and harms nothing else.
 //!
 //! - [`protocol`]: the messages of `docs/protocol.md`; [`client`]: the other end, for tests.
-//! - `server`: the socket. `pools`: which nodes share a `store`. `store`: all decisions, pure, over
-//!   `index` (which chunk is in which slot) and `handoffs` (which prompt is complete).
+//! - `server`: the socket; [`remote`]: its other end in a router of another process. `pools`: which nodes share
+//!   a `store`. `store`: all decisions, pure, over `index` (which chunk is in which slot) and `handoffs` (which prompt is complete).
 //! - `arena`: the shared memory. `stats`, `latency`, `metrics`: what is counted. `inspect`: what an
 //!   operator sees.
 
 mod arena;
 pub mod client;
+mod frames;
 mod handoffs;
 mod index;
 mod inspect;
@@ -26,6 +27,7 @@ mod latency;
 mod metrics;
 mod pools;
 pub mod protocol;
+pub mod remote;
 mod server;
 mod stats;
 mod store;
@@ -44,12 +46,13 @@ use futures_util::FutureExt;
 use prometheus_client::registry::Registry;
 use tokio::sync::oneshot;
 
+use self::frames::listen_at;
 pub use self::handoffs::Stage;
 pub use self::inspect::{Flushed, HandoffInfo, Inspection, LeaseInfo, NamespaceInfo};
 pub use self::latency::Latencies;
 use self::metrics::EngineCollector;
 use self::pools::{Pools, PoolsConfig};
-use self::server::{Shared, listen_at, serve};
+use self::server::{Shared, serve};
 pub use self::stats::{
     Counters, EngineStats, NodeCounters, PoolStats, RefusedSession, SessionStats,
 };

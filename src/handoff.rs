@@ -16,14 +16,15 @@
 //! The number of entries is bounded by the requests in flight: a [`HandoffTicket`] removes its
 //! own entry when it is dropped. It is kept until the decode node has answered, so whatever the engine
 //! still holds for the hand-off after that is held for nobody: the engine takes the ids of dropped
-//! tickets at its next tick ([`HandoffBoard::take_abandoned`]).
+//! tickets at its next tick ([`HandoffBoard::take_abandoned`]). Of an engine in another process, the board's
+//! follower carries the word both ways ([`HandoffBoard::follow`]).
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 /// Names one hand-off. Travels in the request body as `kv_transfer_params.pegaflow.handoff`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -75,6 +76,24 @@ pub enum HandoffFailure {
 }
 
 impl HandoffFailure {
+    pub const ALL: [Self; 8] = [
+        Self::NoSpace,
+        Self::ProducerDied,
+        Self::Aborted,
+        Self::SaveFailed,
+        Self::Damaged,
+        Self::Deadline,
+        Self::Abandoned,
+        Self::EngineDown,
+    ];
+
+    /// The one with this label.
+    pub fn from_label(label: &str) -> Option<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|failure| failure.label() == label)
+    }
+
     /// A stable label for metrics.
     pub const fn label(self) -> &'static str {
         match self {
@@ -122,6 +141,60 @@ struct Board {
     abandoned: VecDeque<HandoffId>,
     /// The store is off: nothing will ever fire again.
     off: Option<HandoffFailure>,
+    /// Carries changes to an engine in another process.
+    follower: Option<mpsc::Sender<Change>>,
+    early: Early,
+}
+
+/// What the engine said of hand-offs that nobody waited for, the last of it: the word of a router in another process
+/// may come after the prefill node's.
+#[derive(Debug, Default)]
+struct Early {
+    states: HashMap<HandoffId, HandoffState>,
+    /// The last one first.
+    order: VecDeque<HandoffId>,
+}
+
+impl Early {
+    fn advance(&mut self, id: &HandoffId, next: HandoffState) {
+        match self.states.get_mut(id) {
+            Some(HandoffState::Settled(_)) => {}
+            Some(state) => *state = next,
+            None => {
+                self.states.insert(id.clone(), next);
+                self.order.push_front(id.clone());
+            }
+        }
+        if self.order.len() > MAX_EARLY
+            && let Some(oldest) = self.order.pop_back()
+        {
+            self.states.remove(&oldest);
+        }
+    }
+}
+
+/// The most hand-offs in [`Early`].
+const MAX_EARLY: usize = 1024;
+
+/// What an engine in another process has to know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// Somebody waits for it from now on.
+    Awaited(HandoffId),
+    /// Nobody does any more.
+    Left(HandoffId),
+}
+
+impl Board {
+    /// One who does not keep up has missed something: the board is off until it follows anew.
+    fn tell(&mut self, change: Change) {
+        if let Some(follower) = &self.follower
+            && follower.try_send(change).is_err()
+        {
+            self.follower = None;
+            self.off = Some(HandoffFailure::EngineDown);
+        }
+    }
 }
 
 /// The most ids that wait for the engine's next tick.
@@ -138,9 +211,13 @@ impl HandoffBoard {
     /// [`HandoffBoard::fail_all`] the ticket is settled from the start.
     pub fn register(&self, id: HandoffId) -> HandoffTicket {
         let mut board = self.lock();
-        let state = board.off.map_or(HandoffState::Expected, |failure| {
-            HandoffState::Settled(HandoffOutcome::Failed(failure))
-        });
+        board.tell(Change::Awaited(id.clone()));
+        let early = board.early.states.remove(&id);
+        let state = board
+            .off
+            .map_or(early.unwrap_or(HandoffState::Expected), |failure| {
+                HandoffState::Settled(HandoffOutcome::Failed(failure))
+            });
         let (sender, receiver) = watch::channel(state);
         board.entries.insert(id.clone(), sender);
         drop(board);
@@ -151,12 +228,12 @@ impl HandoffBoard {
         }
     }
 
-    /// Engine: a prefill node's scheduler has seen the request. Unknown ids are ignored.
+    /// Engine: a prefill node's scheduler has seen the request.
     pub fn opened(&self, id: &HandoffId) {
         self.advance(id, HandoffState::Open);
     }
 
-    /// Engine: the hand-off ended. Only the first outcome counts. Unknown ids are ignored.
+    /// Engine: the hand-off ended. Only the first outcome counts.
     pub fn settle(&self, id: &HandoffId, outcome: HandoffOutcome) {
         self.advance(id, HandoffState::Settled(outcome));
     }
@@ -166,11 +243,23 @@ impl HandoffBoard {
         let ids: Vec<_> = {
             let mut board = self.lock();
             board.off = Some(failure);
+            board.follower = None;
             board.entries.keys().cloned().collect()
         };
         for id in ids {
             self.settle(&id, HandoffOutcome::Failed(failure));
         }
+    }
+
+    /// For an engine in another process: turns the board on (again), and gives what is to be told from now on.
+    /// The channel ends when the one who reads it falls `most` changes behind, and when the board is turned off; the
+    /// board is off from then on.
+    pub fn follow(&self, most: usize) -> mpsc::Receiver<Change> {
+        let (follower, changes) = mpsc::channel(most);
+        let mut board = self.lock();
+        board.off = None;
+        board.follower = Some(follower);
+        changes
     }
 
     /// Engine: the hand-offs that nobody waits for any more, since the last call. Those that have
@@ -185,15 +274,18 @@ impl HandoffBoard {
     }
 
     fn advance(&self, id: &HandoffId, next: HandoffState) {
-        if let Some(sender) = self.lock().entries.get(id) {
-            sender.send_if_modified(|state| match state {
-                HandoffState::Settled(_) => false,
-                _ => {
-                    *state = next;
-                    true
-                }
-            });
-        }
+        let mut board = self.lock();
+        let Some(sender) = board.entries.get(id) else {
+            board.early.advance(id, next);
+            return;
+        };
+        sender.send_if_modified(|state| match state {
+            HandoffState::Settled(_) => false,
+            _ => {
+                *state = next;
+                true
+            }
+        });
     }
 
     fn lock(&self) -> MutexGuard<'_, Board> {
@@ -218,6 +310,14 @@ impl HandoffTicket {
 
     pub fn state(&self) -> HandoffState {
         *self.receiver.borrow()
+    }
+
+    /// Waits until a prefill node has seen the request. False: it ended before that was seen.
+    pub async fn opened(&mut self) -> bool {
+        let state = self
+            .receiver
+            .wait_for(|state| *state != HandoffState::Expected);
+        state.await.is_ok_and(|state| *state == HandoffState::Open)
     }
 
     /// Waits until the engine settles the hand-off. Cancel-safe. Never resolves by itself if no
@@ -250,7 +350,9 @@ impl Drop for HandoffTicket {
         );
         let mut board = self.board.lock();
         board.entries.remove(&self.id);
-        if !failed {
+        if board.follower.is_some() {
+            board.tell(Change::Left(self.id.clone()));
+        } else if !failed {
             board.abandoned.truncate(MAX_ABANDONED - 1);
             board.abandoned.push_front(self.id.clone());
         }
@@ -258,87 +360,4 @@ impl Drop for HandoffTicket {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const READY: HandoffOutcome = HandoffOutcome::Ready {
-        chunks: 3,
-        already_stored: false,
-    };
-
-    #[tokio::test]
-    async fn a_ticket_sees_open_then_the_first_outcome_only() {
-        let board = HandoffBoard::default();
-        let mut ticket = board.register(HandoffId::from("a"));
-        assert_eq!(ticket.state(), HandoffState::Expected);
-        board.opened(&"a".into());
-        assert_eq!(ticket.state(), HandoffState::Open);
-        board.settle(&"a".into(), READY);
-        board.settle(&"a".into(), HandoffOutcome::Failed(HandoffFailure::Aborted));
-        board.opened(&"a".into());
-        assert_eq!(ticket.settled().await, READY);
-        assert_eq!(ticket.state(), HandoffState::Settled(READY));
-    }
-
-    #[tokio::test]
-    async fn an_outcome_before_the_wait_is_not_lost() {
-        let board = HandoffBoard::default();
-        let mut ticket = board.register(HandoffId::from("a"));
-        board.settle(&"a".into(), READY);
-        assert_eq!(ticket.settled().await, READY);
-        assert_eq!(ticket.settled().await, READY);
-    }
-
-    #[tokio::test]
-    async fn dropping_the_ticket_removes_the_entry() {
-        let board = HandoffBoard::default();
-        let ticket = board.register(HandoffId::random());
-        assert_eq!(board.waiting(), 1);
-        drop(ticket);
-        assert_eq!(board.waiting(), 0);
-        board.settle(&"unknown".into(), READY);
-        assert_eq!(board.waiting(), 0);
-    }
-
-    #[test]
-    fn the_engine_learns_who_left_unless_nothing_is_held_for_them() {
-        let board = HandoffBoard::default();
-        let [waiting, ready, failed] = ["waiting", "ready", "failed"].map(HandoffId::from);
-        let tickets = [&waiting, &ready, &failed].map(|id| board.register(id.clone()));
-        board.settle(&ready, READY);
-        board.settle(
-            &failed,
-            HandoffOutcome::Failed(HandoffFailure::ProducerDied),
-        );
-        assert!(board.take_abandoned().is_empty());
-        drop(tickets);
-        let mut left = board.take_abandoned();
-        left.sort_by(|a, b| a.as_str().cmp(b.as_str()));
-        assert_eq!(left, [ready, waiting]);
-        assert!(board.take_abandoned().is_empty());
-        for n in 0..MAX_ABANDONED + 1 {
-            drop(board.register(HandoffId::from(format!("{n}").as_str())));
-        }
-        assert_eq!(board.take_abandoned().len(), MAX_ABANDONED);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn the_deadline_is_a_typed_failure() {
-        let board = HandoffBoard::default();
-        let mut ticket = board.register(HandoffId::random());
-        let outcome = ticket.settled_within(Duration::from_secs(30)).await;
-        assert_eq!(outcome, HandoffOutcome::Failed(HandoffFailure::Deadline));
-    }
-
-    #[tokio::test]
-    async fn turning_the_store_off_wakes_everybody() {
-        let board = HandoffBoard::default();
-        let mut one = board.register(HandoffId::random());
-        let mut two = board.register(HandoffId::random());
-        board.fail_all(HandoffFailure::EngineDown);
-        let down = HandoffOutcome::Failed(HandoffFailure::EngineDown);
-        assert_eq!((one.settled().await, two.settled().await), (down, down));
-        let late = board.register(HandoffId::random());
-        assert_eq!(late.state(), HandoffState::Settled(down));
-    }
-}
+mod tests;

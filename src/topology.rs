@@ -164,16 +164,17 @@ pub const API_KEYS: &str = "PEGAFLOW_API_KEYS";
 /// The variable for the admin key; instead of [`RouterSettings::admin_key_file`].
 pub const ADMIN_KEY: &str = "PEGAFLOW_ADMIN_KEY";
 
-/// What says that a prompt's KV is complete, where a prefill node is not known to speak with the engine:
-/// one that others started. Of a node that the canary has proven, the engine always says it.
+/// What says that the KV of a prefill node of others is complete. Of one that the canary has proven the engine does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum KvReady {
-    /// Its HTTP reply: its connector saves, or holds, the KV before it answers. A hand-off that the
-    /// engine opened all the same is waited for.
+    /// Its HTTP reply: its connector saves, or holds, the KV before. What the engine opened is waited for.
     #[default]
     Reply,
     /// What it says at `POST /kv_ready`; its reply may come before.
     Callback,
+    /// The engine of `pegaflow router --engine`.
+    #[value(skip)]
+    Store,
 }
 
 /// `[router]`.

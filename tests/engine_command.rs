@@ -20,7 +20,7 @@ use nix::unistd::Pid;
 use pegaflow::engine::client::Client;
 use pegaflow::engine::protocol::SessionKind;
 use serde_json::{Value, json};
-use support_router::command::RouterProcess;
+use support_router::command::{RouterProcess, router_command};
 use support_router::{HANG, soon, write_private};
 
 const TOKEN: &str = "token-of-tests";
@@ -128,6 +128,11 @@ async fn what_makes_no_store_is_refused() {
 
 /// A fake vLLM with a connector, as somebody else would start it.
 fn node(socket: &Path, name: &str) -> (Process, String) {
+    scripted_node(socket, name, "{}")
+}
+
+/// What `script` says beside it is in the fake's `script.rs`.
+fn scripted_node(socket: &Path, name: &str, script: &str) -> (Process, String) {
     use std::os::unix::process::CommandExt as _;
     let program = Path::new(env!("CARGO_BIN_EXE_pegaflow")).parent().unwrap();
     let program = program.join("examples/fake-vllm");
@@ -135,6 +140,8 @@ fn node(socket: &Path, name: &str) -> (Process, String) {
     let probe = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = probe.local_addr().unwrap().port();
     drop(probe);
+    let file = socket.with_extension(format!("{name}.json"));
+    std::fs::write(&file, script).unwrap();
     let child = Command::new(program)
         .args([
             "serve",
@@ -149,11 +156,26 @@ fn node(socket: &Path, name: &str) -> (Process, String) {
         .env("PEGAFLOW_KV_SOCKET", socket)
         .env("PEGAFLOW_KV_TOKEN", TOKEN)
         .env("PEGAFLOW_NODE", name)
+        .env("FAKE_VLLM_SCRIPT", file)
         .stdin(Stdio::null())
         .process_group(0)
         .spawn()
         .unwrap();
     (Process(child), format!("http://127.0.0.1:{port}"))
+}
+
+/// Tokens that a node found in the store.
+async fn hits(node: &str) -> f64 {
+    let metrics = reqwest::get(format!("{node}/metrics")).await.unwrap();
+    let text = metrics.text().await.unwrap();
+    let mut lines = text.lines();
+    let line = lines.find(|line| line.starts_with("vllm:external_prefix_cache_hits_total{"));
+    line.unwrap().rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+fn prompt(seed: u32) -> Value {
+    let prompt: Vec<u32> = (0..100).map(|id| (id * 31 + 7 + seed) % 1000).collect();
+    json!({"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0})
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -166,29 +188,11 @@ async fn nodes_of_others_hand_off_through_it_behind_the_router_alone() {
     let ((_p, p), (_d, d)) = (node(&socket, "p"), node(&socket, "d"));
     let flags = ["--prefill", &p, "--decode", &d];
     let router = RouterProcess::started(&flags, &["prefill", "decode"]).await;
-    let prompt: Vec<u32> = (0..100).map(|id| id * 31 + 7).collect();
-    let body = json!({"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0});
-    let figure = async || {
-        let text = reqwest::get(format!("{d}/metrics"))
-            .await
-            .unwrap()
-            .text()
-            .await
-            .unwrap();
-        let line = text
-            .lines()
-            .find(|line| line.starts_with("vllm:external_prefix_cache_hits_total{"));
-        line.unwrap()
-            .rsplit(' ')
-            .next()
-            .unwrap()
-            .parse::<f64>()
-            .unwrap()
-    };
+    let body = prompt(0);
     let got = router.complete(&body).await;
     assert_eq!(got.status, 200, "{}", got.text);
     assert_eq!(
-        figure().await,
+        hits(&d).await,
         96.0,
         "decode loads the three full blocks that prefill saved"
     );
@@ -202,4 +206,69 @@ async fn nodes_of_others_hand_off_through_it_behind_the_router_alone() {
         alone["choices"][0]["text"]
     );
     router.stop().await;
+}
+
+/// Prefill answers long before its KV is saved: only the store can say when that is. Without a store the
+/// answers come all the same, and the next one is found.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_router_alone_hears_from_it_when_kv_is_ready() {
+    let folder = tempfile::tempdir().unwrap();
+    let (socket, file) = (folder.path().join("s"), folder.path().join("token"));
+    write_private(&file, TOKEN);
+    let flags = ["--token-file", file.to_str().unwrap()];
+    let mut engine = start(command(&socket, &flags)).await;
+    let (_p, p) = scripted_node(&socket, "p", r#"{"save_ms": 300}"#);
+    let (_d, d) = node(&socket, "d");
+    let at = ["--engine", socket.to_str().unwrap()];
+    let flags = [&["--prefill", &p, "--decode", &d], &at[..], &flags[..]].concat();
+    let router = RouterProcess::started(&flags, &["prefill", "decode"]).await;
+    let connected = "pegaflow_router_engine_connected ";
+    let becomes = async |value: f64| {
+        soon("the router's word of the store", async {
+            while router.sample(connected).await != value {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+    };
+    let down = "pegaflow_router_fallbacks_total{reason=\"engine_down\"}";
+    becomes(1.0).await;
+    let got = router.complete(&prompt(1)).await;
+    assert_eq!(got.status, 200, "{}", got.text);
+    assert_eq!((hits(&d).await, router.sample(down).await), (96.0, 0.0));
+
+    engine.signal(Signal::SIGKILL);
+    engine.ended().await;
+    becomes(0.0).await;
+    let got = router.complete(&prompt(2)).await;
+    assert_eq!(got.status, 200, "{}", got.text);
+    assert_eq!((hits(&d).await, router.sample(down).await), (96.0, 1.0));
+
+    let flags = ["--token-file", file.to_str().unwrap()];
+    let _engine = start(command(&socket, &flags)).await;
+    becomes(1.0).await;
+    // These fakes do not come back to it, so nothing is handed off; but it is asked again.
+    assert_eq!(router.complete(&prompt(3)).await.status, 200);
+    assert_eq!(router.sample(down).await, 1.0);
+    let unopened = "pegaflow_router_fallbacks_total{reason=\"not_opened\"}";
+    assert_eq!(router.sample(unopened).await, 1.0);
+    router.stop().await;
+}
+
+#[tokio::test]
+async fn the_router_alone_does_not_start_without_the_stores_token() {
+    let flags = [
+        "--prefill",
+        "http://127.0.0.1:1",
+        "--decode",
+        "http://127.0.0.1:2",
+    ];
+    let (mut command, _) = router_command(&[&flags[..], &["--engine", "s"]].concat());
+    let output = command.env_remove("PEGAFLOW_KV_TOKEN").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(
+        said.contains("PEGAFLOW_KV_TOKEN") && said.contains("--token-file"),
+        "{said}"
+    );
 }

@@ -103,7 +103,7 @@ async fn ask(rig: &Rig, body: &Value) -> Told {
     read(&rig.send(rig.request(path, body)).await)
 }
 
-const OK: &str = "pegaflow_router_replays_total{outcome=\"ok\"";
+const OK: &str = "pegaflow_router_replays_total{outcome=\"ok\",reason=\"\"}";
 
 /// Whatever ends the first node, on both endpoints, after a hand-off and without one.
 #[tokio::test]

@@ -9,7 +9,7 @@
 
 use std::io::Write as _;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -78,7 +78,7 @@ impl EngineArgs {
         }
         Ok(EngineConfig {
             socket_path: self.socket.clone(),
-            token: self.token()?,
+            token: token(self.token_file.as_deref())?,
             pools: vec![PoolPlan::only(
                 (self.capacity - self.capacity % HUGE_PAGE) as u64,
             )],
@@ -90,23 +90,24 @@ impl EngineArgs {
             handoff_deadline: self.handoff_deadline,
         })
     }
+}
 
-    fn token(&self) -> Result<String, Exit> {
-        let token = match &self.token_file {
-            Some(file) => read_private(file).map_err(|error| {
-                let what = format!("cannot read the token in {}", file.display());
-                Exit::Machine(anyhow::Error::new(error).context(what))
-            })?,
-            None => std::env::var(TOKEN).unwrap_or_default(),
-        };
-        let token = token.trim();
-        if token.len() < LEAST_TOKEN {
-            return Err(Exit::Usage(anyhow!(
-                "nodes need a token of {LEAST_TOKEN} characters at least: set {TOKEN}, or write --token-file FILE"
-            )));
-        }
-        Ok(token.to_owned())
+/// What nodes and routers say to be let in: in the file, or in the variable.
+pub(super) fn token(file: Option<&Path>) -> Result<String, Exit> {
+    let token = match file {
+        Some(file) => read_private(file).map_err(|error| {
+            let what = format!("cannot read the token in {}", file.display());
+            Exit::Machine(anyhow::Error::new(error).context(what))
+        })?,
+        None => std::env::var(TOKEN).unwrap_or_default(),
+    };
+    let token = token.trim();
+    if token.len() < LEAST_TOKEN {
+        return Err(Exit::Usage(anyhow!(
+            "the store's token has {LEAST_TOKEN} characters at least: set {TOKEN}, or write --token-file FILE"
+        )));
     }
+    Ok(token.to_owned())
 }
 
 pub async fn engine(seat: Seat, args: EngineArgs) -> Result<(), Exit> {

@@ -6,6 +6,8 @@
 //!
 //! There is no topology, no store and no supervisor here; `docs/router.md` says how it is used.
 
+mod store;
+
 use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -18,6 +20,7 @@ use bytesize::ByteSize;
 use clap::Args;
 use prometheus_client::registry::Registry;
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 
 use super::listen::{self, Credentials};
 use super::others::Watching;
@@ -30,6 +33,7 @@ use crate::router::{self, RouterDeps, RouterMetrics};
 use crate::supervise::ExternalDeps;
 use crate::topology::{KvReady, NodeUrl, RouterSettings, TlsFiles, is_origin};
 use crate::traffic::Traffic;
+use store::StoreArgs;
 
 const WEEK: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -58,6 +62,8 @@ pub struct RouterArgs {
     /// What says that a prompt's KV is ready: the prefill node's reply, or what it says at POST /kv_ready.
     #[arg(long, value_enum, default_value_t = KvReady::Reply)]
     kv_ready: KvReady,
+    #[command(flatten)]
+    store: StoreArgs,
     /// A file with the key that prefill nodes show at /kv_ready; PEGAFLOW_ADMIN_KEY instead of it will do.
     #[arg(long, value_name = "FILE")]
     admin_key_file: Option<PathBuf>,
@@ -253,7 +259,10 @@ impl RouterArgs {
             listen,
             api_keys: self.api_keys.clone(),
             admin_key_file: self.admin_key_file.clone(),
-            kv_ready: self.kv_ready,
+            kv_ready: match self.store.is_given() {
+                true => KvReady::Store,
+                false => self.kv_ready,
+            },
             tls: self.tls(),
             cors_origins: self.cors_origin.clone(),
             aliases: self.alias.iter().cloned().collect(),
@@ -280,6 +289,7 @@ impl RouterArgs {
 
 pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
     let nodes = args.nodes()?;
+    let engine = args.store.remote()?;
     let (host, port) = (args.host.as_str(), args.port);
     let name = format!("{host} port {port}");
     let listeners = listen::listen((host, port), name, args.metrics_listen).await?;
@@ -300,10 +310,18 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
         vitals: vitals.clone(),
     };
     let mut registry = Registry::default();
+    let mut helpers = JoinSet::new();
+    let board = HandoffBoard::default();
+    // Until the last request is answered.
+    let unneeded = CancellationToken::new();
+    if let Some(engine) = engine {
+        let stop = unneeded.clone();
+        store::follow(engine, board.clone(), &mut registry, &mut helpers, stop);
+    }
     let deps = RouterDeps {
         plan: settings,
         fleet: fleet.watch(),
-        board: HandoffBoard::default(),
+        board,
         traffic,
         keys,
         admin,
@@ -316,7 +334,6 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
     banner(&seat, &url, &nodes);
     seat.service.ready(&fleet.snapshot());
 
-    let mut helpers = JoinSet::new();
     let (service, told) = (seat.service.clone(), fleet.watch());
     let end = seat.shutdown.graceful().clone();
     helpers.spawn(async move { service.watch(told, end).await });
@@ -325,6 +342,7 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
     let routed = router::serve(listeners, deps, seat.shutdown.clone()).await;
     seat.shutdown.begin();
     let watched = watching.stop().await;
+    unneeded.cancel();
     helpers.shutdown().await;
     routed.map_err(|error| Exit::failed("the router failed", error))?;
     watched

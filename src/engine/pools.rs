@@ -19,7 +19,9 @@ use std::time::{Duration, Instant};
 use super::arena::Shape;
 use super::index::Owner;
 use super::inspect::{Flushed, Inspection, MAX_LISTED, NamespaceInfo};
-use super::protocol::{ClientMessage, Hello, ProtocolError, Refused, ServerMessage, Welcome};
+use super::protocol::{
+    ClientMessage, Hello, ProtocolError, Refused, ServerMessage, Watch, Welcome,
+};
 use super::stats::{EngineStats, PoolStats};
 use super::store::{Action, Lost, SessionId, Store, StoreConfig};
 use crate::fleet::NodeId;
@@ -109,6 +111,14 @@ impl Pools {
             .copied();
         match self.pools.get_mut(known.unwrap_or_default()) {
             Some(pool) => pool.store.admit(hello),
+            None => Err(Refused::down()),
+        }
+    }
+
+    /// See [`Store::check_watcher`].
+    pub fn check_watcher(&self, watch: &Watch) -> Result<(), Refused> {
+        match self.pools.first() {
+            Some(pool) => pool.store.check_watcher(watch),
             None => Err(Refused::down()),
         }
     }

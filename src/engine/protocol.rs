@@ -44,7 +44,7 @@ pub enum ProtocolError {
     Misplaced(&'static str),
 }
 
-/// From a vLLM process.
+/// From a vLLM process, or from a router.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum ClientMessage {
@@ -60,6 +60,9 @@ pub enum ClientMessage {
     Discard(Discard),
     Loaded(Loaded),
     Damaged(Damaged),
+    Watch(Watch),
+    Await(HandoffName),
+    Leave(HandoffName),
 }
 
 impl ClientMessage {
@@ -78,6 +81,9 @@ impl ClientMessage {
             Self::Discard(_) => "discard",
             Self::Loaded(_) => "loaded",
             Self::Damaged(_) => "damaged",
+            Self::Watch(_) => "watch",
+            Self::Await(_) => "await",
+            Self::Leave(_) => "leave",
         }
     }
 }
@@ -90,6 +96,9 @@ pub enum ServerMessage {
     Refused(Refused),
     Found(Found),
     Granted(Granted),
+    Watching(Watching),
+    Opened(HandoffName),
+    Settled(Settled),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -116,6 +125,21 @@ pub struct Hello {
     /// Bytes that this rank writes per chunk; 0 from a scheduler.
     pub row_bytes: u64,
     pub pid: u32,
+}
+
+/// A router's first message: it waits for hand-offs, and stores nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Watch {
+    pub version: u32,
+    pub token: String,
+}
+
+/// The answer to [`Watch`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Watching {
+    pub version: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -231,11 +255,23 @@ pub struct Open {
     pub chunks: u32,
 }
 
-/// `seal` and `abort`.
+/// `seal` and `abort`; `await`, `leave` and `opened`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HandoffName {
     pub handoff: String,
+}
+
+/// How a hand-off ended, to a router that waits for it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settled {
+    pub handoff: String,
+    /// Why it failed, as metrics call it; `None`: it is ready.
+    #[serde(deserialize_with = "present")]
+    pub failure: Option<String>,
+    pub chunks: u32,
+    pub already_stored: bool,
 }
 
 /// `release` and `finish`.

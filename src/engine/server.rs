@@ -1,4 +1,4 @@
-//! The socket: accepts vLLM processes and serves one task each.
+//! The socket: accepts vLLM processes, and routers of other processes ([`watcher`]), and serves one task each.
 //!
 //! ```text
 //! accept ── same user? ── hello within 5 s? ── admitted? ── welcome ──▶ ┌ read a frame    ┐
@@ -9,7 +9,7 @@
 //! A session's messages are handled in order. All sessions share the [`Pools`] under one mutex that
 //! is never held across an await. A panic anywhere in here ends the engine, not the process.
 
-mod frames;
+mod watcher;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -22,9 +22,8 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-pub use self::frames::listen_at;
-use self::frames::{SessionError, read_message, write, write_welcome};
 use super::arena::{Arena, Keeper};
+use super::frames::{SessionError, read_message, write, write_welcome};
 use super::pools::Pools;
 use super::protocol::{
     ClientMessage, Hello, MAX_FRAME, MAX_HELLO, Refused, ServerMessage, SessionKind, Welcome,
@@ -259,6 +258,9 @@ async fn connection(mut stream: UnixStream, shared: &Shared) {
     };
     let hello = match hello.unwrap_or(Err(SessionError::Slow)) {
         Ok(Some(ClientMessage::Hello(hello))) => hello,
+        Ok(Some(ClientMessage::Watch(watch))) => {
+            return watcher::connection(stream, shared, watch).await;
+        }
         Ok(None) => return,
         other => {
             let error = other.err();

@@ -87,17 +87,7 @@ async fn read(body: Body) -> Result<Announcement, RouterError> {
 
 /// What the node calls it, as the metrics do; anything else is a save that failed.
 fn failure(why: &str) -> HandoffFailure {
-    use HandoffFailure::{Aborted, Damaged, Deadline, NoSpace, ProducerDied, SaveFailed};
-    let known = [
-        NoSpace,
-        ProducerDied,
-        Aborted,
-        SaveFailed,
-        Damaged,
-        Deadline,
-    ];
-    let found = known.into_iter().find(|failure| failure.label() == why);
-    found.unwrap_or(SaveFailed)
+    HandoffFailure::from_label(why).unwrap_or(HandoffFailure::SaveFailed)
 }
 
 #[cfg(test)]

@@ -259,7 +259,7 @@ async fn read_answers(mut reader: OwnedReadHalf, waiting: Waiting) {
         let seq = match &message {
             ServerMessage::Found(found) => found.seq,
             ServerMessage::Granted(granted) => granted.seq,
-            ServerMessage::Welcome(_) | ServerMessage::Refused(_) => continue,
+            _ => continue,
         };
         if let Some(sender) = waiting.lock().unwrap().remove(&seq) {
             let _ = sender.send(message);

@@ -6,7 +6,7 @@
 
 use super::*;
 use crate::engine::arena::Rows;
-use crate::engine::protocol::{Hello, RefusalCode, Refused, VERSION, Welcome};
+use crate::engine::protocol::{Hello, RefusalCode, Refused, VERSION, Watch, Welcome};
 use crate::engine::stats::RefusedSession;
 
 /// As many as fit into the bitset of a Pending chunk.
@@ -51,6 +51,15 @@ impl Store {
                 Err(refused)
             }
         }
+    }
+
+    /// Whether a router may wait for hand-offs here.
+    pub fn check_watcher(&self, watch: &Watch) -> Result<(), Refused> {
+        self.check_word(watch.version, &watch.token)
+            .map_err(|refusal| Refused {
+                code: refusal.code,
+                message: refusal.message,
+            })
     }
 
     /// The arena of [`Store::arena`] could not be made: the session that asked for it is taken
@@ -145,14 +154,7 @@ impl Store {
     }
 
     fn check_peer(&self, hello: &Hello) -> Result<(), Refusal> {
-        use RefusalCode as Code;
-        if hello.version != VERSION {
-            let message = format!("version {} is not {VERSION}", hello.version);
-            return Err(Refusal::new(Code::Version, message));
-        }
-        if !same_secret(hello.token.as_bytes(), self.config.token.as_bytes()) {
-            return Err(Refusal::new(Code::Token, "the token is not this store's"));
-        }
+        self.check_word(hello.version, &hello.token)?;
         let wrong = if hello.node.is_empty() || hello.node.len() > MAX_NAME {
             format!("node has a name of {} bytes", hello.node.len())
         } else if hello.world == 0 || hello.world > MAX_WORLD {
@@ -173,7 +175,19 @@ impl Store {
         } else {
             return Ok(());
         };
-        Err(Refusal::new(Code::BadHello, wrong))
+        Err(Refusal::new(RefusalCode::BadHello, wrong))
+    }
+
+    fn check_word(&self, version: u32, token: &str) -> Result<(), Refusal> {
+        if version != VERSION {
+            let message = format!("version {version} is not {VERSION}");
+            return Err(Refusal::new(RefusalCode::Version, message));
+        }
+        if !same_secret(token.as_bytes(), self.config.token.as_bytes()) {
+            let message = "the token is not this store's";
+            return Err(Refusal::new(RefusalCode::Token, message));
+        }
+        Ok(())
     }
 
     /// Nobody is connected, and nobody who was may still be reading or writing.

@@ -10,14 +10,14 @@ use nix::sys::socket::{
     sendmsg, socket,
 };
 use nix::sys::stat::{Mode, fchmod};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use crate::engine::arena::Arena;
-use crate::engine::protocol::{
-    ClientMessage, ProtocolError, ServerMessage, Welcome, body_len, decode, encode_frame,
-};
+use super::arena::Arena;
+use super::protocol::{ProtocolError, ServerMessage, Welcome, body_len, decode, encode_frame};
 
 /// Bytes of a message that room is made for before they have come: a lookup of 3,600 keys.
 const AT_ONCE: usize = 128 << 10;
@@ -89,10 +89,10 @@ async fn send_with_file(stream: &UnixStream, frame: &[u8], file: RawFd) -> io::R
 
 /// The next message; `None` at the end of the stream between two frames. Waits for as long as the
 /// peer is silent, but not in the middle of a frame.
-pub async fn read_message(
-    stream: &mut UnixStream,
+pub async fn read_message<T: DeserializeOwned>(
+    stream: &mut (impl AsyncRead + Unpin),
     limit: usize,
-) -> Result<Option<ClientMessage>, SessionError> {
+) -> Result<Option<T>, SessionError> {
     let mut prefix = [0; 4];
     let begun = stream.read(&mut prefix).await;
     let begun = match begun {
@@ -118,11 +118,17 @@ pub async fn read_message(
     Ok(Some(decode(&body)?))
 }
 
-pub async fn write(stream: &mut UnixStream, message: &ServerMessage) -> Result<(), SessionError> {
+pub async fn write<T: Serialize>(
+    stream: &mut (impl AsyncWrite + Unpin),
+    message: &T,
+) -> Result<(), SessionError> {
     write_bytes(stream, &encode_frame(message)?).await
 }
 
-async fn write_bytes(stream: &mut UnixStream, bytes: &[u8]) -> Result<(), SessionError> {
+async fn write_bytes(
+    stream: &mut (impl AsyncWrite + Unpin),
+    bytes: &[u8],
+) -> Result<(), SessionError> {
     match timeout(FRAME_WITHIN, stream.write_all(bytes)).await {
         Ok(written) => Ok(written?),
         Err(_) => Err(SessionError::Slow),
