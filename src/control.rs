@@ -168,7 +168,7 @@ impl ControlDeps {
         if self.shutdown.graceful().is_cancelled() {
             State::Stopping
         } else if self.started.load(Ordering::Relaxed) {
-            State::of(self.fleet.borrow().service())
+            State::of(self.fleet.now().service())
         } else {
             State::Starting
         }
@@ -177,7 +177,7 @@ impl ControlDeps {
 
 async fn status(Shared(api): Shared<Api>) -> Response {
     let deps = &api.deps;
-    let fleet = deps.fleet.borrow().clone();
+    let fleet = deps.fleet.now();
     let in_flight = deps.traffic.in_flight();
     let mut status = Status::new(&deps.about, deps.state(), &fleet, &in_flight);
     status.gpus = deps.gpus.latest();
@@ -224,7 +224,7 @@ async fn node_logs(
 }
 
 fn node_names(api: &Api) -> Vec<String> {
-    let fleet = api.deps.fleet.borrow();
+    let fleet = api.deps.fleet.now();
     fleet.nodes().map(|node| node.id.to_string()).collect()
 }
 
@@ -271,7 +271,7 @@ async fn fleet(Shared(api): Shared<Api>) -> Response {
         fleet: &'a FleetSnapshot,
         gpus: Vec<GpuFigures>,
     }
-    let fleet = api.deps.fleet.borrow().clone();
+    let fleet = api.deps.fleet.now();
     let gpus = api.deps.gpus.latest();
     let fleet = &*fleet;
     Json(Answer { fleet, gpus }).into_response()

@@ -359,8 +359,36 @@ pub struct FleetPublisher {
     sender: Arc<watch::Sender<Arc<FleetSnapshot>>>,
 }
 
-/// A reader's end of the fleet.
-pub type FleetWatch = watch::Receiver<Arc<FleetSnapshot>>;
+/// A reader's end of the fleet. A snapshot cannot be looked at in place: who did so twice at a time would wait for
+/// ever once a writer waited in between, and everybody else behind them.
+#[derive(Debug, Clone)]
+pub struct FleetWatch(watch::Receiver<Arc<FleetSnapshot>>);
+
+impl FleetWatch {
+    /// As it is now.
+    pub fn now(&self) -> Arc<FleetSnapshot> {
+        self.0.borrow().clone()
+    }
+
+    /// As it is now; [`FleetWatch::changed`] waits for what comes after it.
+    pub fn latest(&mut self) -> Arc<FleetSnapshot> {
+        self.0.borrow_and_update().clone()
+    }
+
+    /// An error: nobody will publish any more.
+    pub async fn changed(&mut self) -> Result<(), watch::error::RecvError> {
+        self.0.changed().await
+    }
+
+    /// The first that is so, from now on.
+    pub async fn wait_for(
+        &mut self,
+        mut condition: impl FnMut(&FleetSnapshot) -> bool,
+    ) -> Result<Arc<FleetSnapshot>, watch::error::RecvError> {
+        let found = self.0.wait_for(|snapshot| condition(snapshot)).await;
+        found.map(|snapshot| snapshot.clone())
+    }
+}
 
 impl FleetPublisher {
     pub fn new(nodes: impl IntoIterator<Item = NodeView>) -> Self {
@@ -375,7 +403,7 @@ impl FleetPublisher {
     }
 
     pub fn watch(&self) -> FleetWatch {
-        self.sender.subscribe()
+        FleetWatch(self.sender.subscribe())
     }
 
     pub fn snapshot(&self) -> Arc<FleetSnapshot> {

@@ -296,7 +296,7 @@ mod tests {
         actors.spawn("a".into(), async { panic!("a bug") });
         let mut watch = fleet.watch();
         actors.spawn("b".into(), async move {
-            let failed = |fleet: &Arc<crate::fleet::FleetSnapshot>| {
+            let failed = |fleet: &crate::fleet::FleetSnapshot| {
                 fleet
                     .node(&"a".into())
                     .is_some_and(|node| node.phase == Phase::Failed)

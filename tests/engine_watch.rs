@@ -22,7 +22,7 @@ use pegaflow::handoff::{
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use support_engine::*;
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::AbortOnDropHandle;
 
 const DOWN: HandoffOutcome = HandoffOutcome::Failed(HandoffFailure::EngineDown);
 
@@ -30,27 +30,21 @@ const DOWN: HandoffOutcome = HandoffOutcome::Failed(HandoffFailure::EngineDown);
 struct Router {
     board: HandoffBoard,
     connected: Gauge,
-    _stop: DropGuard,
+    _following: AbortOnDropHandle<()>,
 }
 
 impl Router {
     fn start(fixture: &Fixture, token: &str) -> Self {
         let (board, connected) = (HandoffBoard::default(), Gauge::default());
-        let stop = CancellationToken::new();
         let engine = RemoteEngine {
             socket_path: fixture.socket.clone(),
             token: token.to_owned(),
         };
-        tokio::spawn(follow(
-            engine,
-            board.clone(),
-            connected.clone(),
-            stop.clone(),
-        ));
+        let following = tokio::spawn(follow(engine, board.clone(), connected.clone()));
         Self {
             board,
             connected,
-            _stop: stop.drop_guard(),
+            _following: AbortOnDropHandle::new(following),
         }
     }
 

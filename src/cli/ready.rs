@@ -59,7 +59,7 @@ pub fn judge(fleet: &FleetSnapshot) -> Start {
 /// Waits until [`judge`] no longer says [`Start::Waiting`]. Cancel-safe.
 pub async fn started(mut fleet: FleetWatch) -> Start {
     loop {
-        let verdict = judge(&fleet.borrow_and_update().clone());
+        let verdict = judge(&fleet.latest());
         if verdict != Start::Waiting {
             return verdict;
         }
@@ -74,7 +74,7 @@ pub async fn progress(console: Console, fleet: FleetWatch) {
     let mut shown: BTreeMap<NodeId, ProgressHandle> = BTreeMap::new();
     let started = Instant::now();
     loop {
-        let now = fleet.borrow().clone();
+        let now = fleet.now();
         for node in now.nodes() {
             if node.is_ready() || node.phase.is_terminal() {
                 shown.remove(&node.id);
@@ -95,9 +95,9 @@ pub async fn progress(console: Console, fleet: FleetWatch) {
 
 /// After the start: says when the fleet stops handing off or serving, and when it does again.
 pub async fn narrate(mut fleet: FleetWatch) {
-    let mut last = fleet.borrow_and_update().service();
+    let mut last = fleet.latest().service();
     while fleet.changed().await.is_ok() {
-        let now = fleet.borrow_and_update().service();
+        let now = fleet.latest().service();
         if now == last {
             continue;
         }

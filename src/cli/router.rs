@@ -20,7 +20,6 @@ use bytesize::ByteSize;
 use clap::Args;
 use prometheus_client::registry::Registry;
 use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
 
 use super::listen::{self, Credentials};
 use super::others::Watching;
@@ -312,11 +311,8 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
     let mut registry = Registry::default();
     let mut helpers = JoinSet::new();
     let board = HandoffBoard::default();
-    // Until the last request is answered.
-    let unneeded = CancellationToken::new();
     if let Some(engine) = engine {
-        let stop = unneeded.clone();
-        store::follow(engine, board.clone(), &mut registry, &mut helpers, stop);
+        store::follow(engine, board.clone(), &mut registry, &mut helpers);
     }
     let deps = RouterDeps {
         plan: settings,
@@ -342,7 +338,6 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
     let routed = router::serve(listeners, deps, seat.shutdown.clone()).await;
     seat.shutdown.begin();
     let watched = watching.stop().await;
-    unneeded.cancel();
     helpers.shutdown().await;
     routed.map_err(|error| Exit::failed("the router failed", error))?;
     watched

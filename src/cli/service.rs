@@ -54,7 +54,7 @@ impl Service {
         let (mut said, mut stuck_before) = (String::new(), false);
         loop {
             if !end.is_cancelled() {
-                let now = status(&fleet.borrow_and_update());
+                let now = status(&fleet.latest());
                 if now != said {
                     self.tell(&[News::Status(&now)]);
                     said = now;
@@ -131,7 +131,7 @@ mod tests {
 
     #[test]
     fn a_status_counts_and_names_what_is_not_ready() {
-        let said = |ready, others| status(&fleet(ready, others).watch().borrow());
+        let said = |ready, others| status(&fleet(ready, others).watch().now());
         assert_eq!(said(2, 0), "2 of 2 nodes ready");
         assert_eq!(said(1, 1), "1 of 2 nodes ready; n1: pending");
         assert_eq!(

@@ -373,7 +373,7 @@ async fn watch_start(
         Start::Ready | Start::Waiting => {}
     }
     started.store(true, Ordering::Relaxed);
-    let snapshot = fleet.borrow().clone();
+    let snapshot = fleet.now();
     cx.service.ready(&snapshot);
     let _narrator = AbortOnDrop(tokio::spawn(ready::narrate(fleet.clone())));
     announce(
@@ -428,7 +428,7 @@ impl StoreSessions for Sessions {
 async fn forget_the_gone(engine: Arc<Engine>, mut fleet: FleetWatch) {
     let mut told: HashMap<NodeId, u64> = HashMap::new();
     loop {
-        let now = fleet.borrow_and_update().clone();
+        let now = fleet.latest();
         for node in now.nodes() {
             if told.get(&node.id).copied().unwrap_or(0) < node.reaped {
                 engine.incarnation_gone(&node.id, node.reaped);

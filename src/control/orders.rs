@@ -111,7 +111,7 @@ async fn order(
             value: text.clone(),
         })?,
     };
-    let fleet = deps.fleet.borrow().clone();
+    let fleet = deps.fleet.now();
     let nodes = resolve(&fleet, target)?;
     let loss = match verb {
         Verb::Undrain => None,

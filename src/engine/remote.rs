@@ -21,7 +21,6 @@ use tokio::io::{AsyncRead, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
 
 use super::frames::{SessionError, read_message, write};
 use super::protocol::{
@@ -66,32 +65,21 @@ enum LinkError {
     Behind,
 }
 
-/// Keeps the board connected to the store until `stop`; `connected` is 1 while it is.
-pub async fn follow(
-    engine: RemoteEngine,
-    board: HandoffBoard,
-    connected: Gauge,
-    stop: CancellationToken,
-) {
+/// Keeps the board connected to the store for as long as it is polled; `connected` is 1 while it is. The board is off
+/// from the first poll on until there is a connection.
+pub async fn follow(engine: RemoteEngine, board: HandoffBoard, connected: Gauge) {
     board.fail_all(HandoffFailure::EngineDown);
-    let following = keep_connected(&engine, &board, &connected);
-    let _ = stop.run_until_cancelled(following).await;
-    board.fail_all(HandoffFailure::EngineDown);
-    connected.set(0);
-}
-
-async fn keep_connected(engine: &RemoteEngine, board: &HandoffBoard, connected: &Gauge) {
     let (first, last) = PAUSES;
     let mut pause = first;
     let mut told = String::new();
     loop {
-        let error = match connect(engine).await {
+        let error = match connect(&engine).await {
             Ok(stream) => {
                 tracing::info!("connected to the store at {}", engine.socket_path.display());
                 (pause, told) = (first, String::new());
                 let changes = board.follow(MOST_UNTOLD);
                 connected.set(1);
-                let ended = converse(stream, board, changes).await;
+                let ended = converse(stream, &board, changes).await;
                 board.fail_all(HandoffFailure::EngineDown);
                 connected.set(0);
                 ended

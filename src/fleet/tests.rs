@@ -35,10 +35,10 @@ async fn readers_are_woken_and_unknown_nodes_are_ignored() {
     let fleet = fleet();
     let mut watch = fleet.watch();
     fleet.update(&"nobody".into(), |node| node.phase = Phase::Ready);
-    assert!(!watch.has_changed().unwrap());
+    assert!(!watch.0.has_changed().unwrap());
     fleet.update(&"p".into(), |node| node.incarnation = 1);
     watch.changed().await.unwrap();
-    assert_eq!(watch.borrow().node(&"p".into()).unwrap().incarnation, 1);
+    assert_eq!(watch.now().node(&"p".into()).unwrap().incarnation, 1);
 }
 
 #[test]

@@ -53,7 +53,7 @@ impl Admission {
     }
 
     pub(super) async fn enter(&self, fleet: &FleetWatch) -> Result<Permit, RouterError> {
-        let ready = has_ready_node(&fleet.borrow());
+        let ready = has_ready_node(&fleet.now());
         if let (true, Ok(place)) = (ready, self.running.clone().try_acquire_owned()) {
             return Ok(self.permit(place));
         }
@@ -79,7 +79,7 @@ impl Admission {
     }
 
     pub(super) fn no_node(&self, fleet: &FleetWatch) -> RouterError {
-        let fleet = fleet.borrow();
+        let fleet = fleet.now();
         let now = SystemTime::now();
         let absent = fleet.nodes().filter(|node| !node.is_ready());
         let absent: Vec<_> = absent.map(|node| node.absence(now)).collect();
@@ -113,7 +113,7 @@ pub(super) fn has_ready_node(fleet: &FleetSnapshot) -> bool {
 }
 
 async fn wait_for_node(mut fleet: FleetWatch) {
-    if fleet.wait_for(|fleet| has_ready_node(fleet)).await.is_err() {
+    if fleet.wait_for(has_ready_node).await.is_err() {
         // The supervisor is gone: no node will come.
         std::future::pending::<()>().await;
     }

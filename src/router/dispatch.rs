@@ -213,7 +213,7 @@ impl Choice<'_> {
     ) -> Result<Pick, RouterError> {
         let mut fleet = cx.fleet.clone();
         loop {
-            let snapshot = fleet.borrow_and_update().clone();
+            let snapshot = fleet.latest();
             self.forget_the_gone(&snapshot);
             if self.attempts < MAX_ATTEMPTS
                 && let Some(pick) = self.pick(cx, call, task, &snapshot)

@@ -148,7 +148,7 @@ type Tried = (crate::fleet::NodeId, u64);
 /// `passed_by`: there is a node, but it keeps failing. Decode computes the prompt then: to wait for a node that
 /// fails would be worse.
 fn pick(cx: &Context, call: &Call<'_>, tried: &[Tried], passed_by: &mut bool) -> Option<Pick> {
-    let fleet = cx.fleet.borrow().clone();
+    let fleet = cx.fleet.now();
     let fresh = |node: &&NodeView| {
         node.can_hand_off()
             && node.serves(call.model)

@@ -321,7 +321,7 @@ async fn model_len(cx: &Context, origin: &Origin, failed: &Failed) -> Option<u64
     let nothing = Demand::of(&no_fields, 0, None);
     let mut fleet = cx.fleet.clone();
     loop {
-        let snapshot = fleet.borrow_and_update().clone();
+        let snapshot = fleet.latest();
         let serves = |node: &&NodeView| node.is_ready() && node.serves(origin.model.as_deref());
         let mut ready: Vec<_> = snapshot.nodes().filter(serves).collect();
         ready.sort_by_key(|node| node.id == failed.node);

@@ -183,11 +183,7 @@ async fn answer(
     };
     let wanted = match is_opaque {
         true => Wanted::default(),
-        false => models::resolve(
-            &cx.fleet.borrow(),
-            &cx.plan.aliases,
-            fields.present("model"),
-        )?,
+        false => models::resolve(&cx.fleet.now(), &cx.plan.aliases, fields.present("model"))?,
     };
     if let Some(model) = &wanted.renamed {
         fields.replace("model", model);
@@ -195,7 +191,7 @@ async fn answer(
     let demand = Demand::of(&fields, original.len(), arrival.session);
     let whole = never_split(arrival.endpoint, &fields).or_else(|| {
         let model = wanted.model.as_deref();
-        match cx.fleet.borrow().can_split_for(model) {
+        match cx.fleet.now().can_split_for(model) {
             true => cx.not_worth_splitting(&demand, model),
             false => Some(WholeReason::NoPair),
         }
@@ -304,13 +300,13 @@ fn complete(reply: CompleteReply, observation: Observation) -> Response {
 }
 
 async fn models(State(cx): Shared) -> Response {
-    let known = models::known(&cx.fleet.borrow(), &cx.plan.aliases);
+    let known = models::known(&cx.fleet.now(), &cx.plan.aliases);
     let models: Vec<_> = known.iter().map(|(id, root)| cx.model(id, root)).collect();
     Json(json!({"object": "list", "data": models})).into_response()
 }
 
 async fn model(State(cx): Shared, Path(id): Path<String>, headers: HeaderMap) -> Response {
-    let known = models::known(&cx.fleet.borrow(), &cx.plan.aliases);
+    let known = models::known(&cx.fleet.now(), &cx.plan.aliases);
     if let Some(root) = known.get(&id) {
         return Json(cx.model(&id, root)).into_response();
     }
@@ -324,7 +320,7 @@ impl Context {
             min_tokens: self.plan.split_min_tokens,
             max_backlog: self.plan.split_max_backlog,
         };
-        let pressure = || Pressure::of(&self.fleet.borrow(), &self.traffic, model);
+        let pressure = || Pressure::of(&self.fleet.now(), &self.traffic, model);
         not_worth_splitting(demand.prompt, limits, pressure)
     }
 
@@ -351,7 +347,7 @@ impl Context {
 }
 
 async fn health(State(cx): Shared) -> Response {
-    let fleet = cx.fleet.borrow().clone();
+    let fleet = cx.fleet.now();
     let nodes: BTreeMap<_, _> = fleet
         .nodes()
         .map(|node| {
@@ -386,7 +382,7 @@ async fn health(State(cx): Shared) -> Response {
 }
 
 async fn status(State(cx): Shared) -> Response {
-    let fleet = cx.fleet.borrow().clone();
+    let fleet = cx.fleet.now();
     Json(json!({
         "fleet": *fleet,
         "in_flight": cx.admission.in_flight(),
@@ -406,7 +402,7 @@ async fn metrics(State(cx): Shared) -> Response {
         cx.metrics.set_node(&node, load);
     }
     let states = cx.breakers.states(Instant::now());
-    for node in cx.fleet.borrow().nodes() {
+    for node in cx.fleet.now().nodes() {
         for duty in Duty::of(node.role) {
             let state = states.get(&(node.id.clone(), *duty));
             cx.metrics

@@ -64,7 +64,7 @@ impl Canary {
     pub async fn run(mut self) {
         let mut histories: BTreeMap<(Life, Life), History> = BTreeMap::new();
         loop {
-            let snapshot = self.watch.borrow_and_update().clone();
+            let snapshot = self.watch.latest();
             let now = Instant::now();
             // Entries of earlier incarnations will never be asked for again.
             histories.retain(|(p, d), _| is_current(&snapshot, p) && is_current(&snapshot, d));
@@ -109,9 +109,7 @@ impl Canary {
         let lives = [life(prefill), life(decode)];
         let mut watch = self.watch.clone();
         let died = async {
-            let dead = |fleet: &std::sync::Arc<FleetSnapshot>| {
-                !lives.iter().all(|life| is_up(fleet, life))
-            };
+            let dead = |fleet: &FleetSnapshot| !lives.iter().all(|life| is_up(fleet, life));
             let _ = watch.wait_for(dead).await;
         };
         let result = tokio::select! {

@@ -7,8 +7,10 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -225,39 +227,54 @@ def test_killed_decode_leader_loses_nothing_and_returns(fleet: Fleet, model: str
     assert not failed, failed
 
 
-@pytest.mark.parametrize("endpoint", ["completions", "chat"])
-def test_a_stream_outlives_its_decode_node_exactly(fleet: Fleet, reference: Reference, model: str, endpoint: str):
-    """The engine is killed while it generates: the client reads what a plain node answers, in one piece."""
+STREAMED = 300
+"""Tokens: enough for both streams to be under way when the engine dies."""
+
+
+def tell(url: str, model: str, endpoint: str, on_piece: Callable[[int], None]) -> list:
+    """A whole stream's chunks."""
     text = " ".join(f"{endpoint}{place}" for place in range(150))
-    limits = {"model": model, "max_tokens": 200, "temperature": 0, "extra_body": load.EXTRA}
+    asked = {"model": model, "max_tokens": STREAMED, "temperature": 0, "extra_body": load.EXTRA}
+    asked |= {"stream": True, "stream_options": {"include_usage": True}}
+    api = client(url)
+    if endpoint == "chat":
+        stream = api.chat.completions.create(messages=[{"role": "user", "content": text}], **asked)
+    else:
+        stream = api.completions.create(prompt=text, **asked)
+    chunks = []
+    for chunk in stream:
+        chunks.append(chunk)
+        on_piece(len(chunks))
+    return chunks
 
-    def tell(url: str, on_piece: Callable[[int], None]) -> list:
-        api = client(url)
-        common = {**limits, "stream": True, "stream_options": {"include_usage": True}}
-        if endpoint == "chat":
-            stream = api.chat.completions.create(messages=[{"role": "user", "content": text}], **common)
-        else:
-            stream = api.completions.create(prompt=text, **common)
-        chunks = []
-        for chunk in stream:
-            chunks.append(chunk)
-            on_piece(len(chunks))
-        return chunks
 
-    def said(chunks: list) -> str:
-        choices = [choice for chunk in chunks for choice in chunk.choices]
-        return "".join((c.delta.content if endpoint == "chat" else c.text) or "" for c in choices)
+def text_of(chunks: list) -> str:
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    return "".join((c.delta.content if hasattr(c, "delta") else c.text) or "" for c in choices)
 
+
+def test_streams_outlive_their_decode_node_exactly(fleet: Fleet, reference: Reference, model: str):
+    """The engine is killed while it generates: clients read what a plain node answers, in one piece."""
     node = fleet.node("decode")
     engine = next(pid for pid in machine.tree(node["pid"]) if machine.argv(pid)[0].startswith("VLLM::EngineCore"))
     replays = fleet.metric("pegaflow_router_replays_total")
-    chunks = tell(fleet.url, lambda number: os.kill(engine, signal.SIGKILL) if number == 20 else None)
-    right = tell(reference.url, lambda _: None)
-    assert said(chunks) == said(right)
-    assert chunks[-1].usage.completion_tokens == right[-1].usage.completion_tokens == 200
-    assert chunks[-1].usage.prompt_tokens == right[-1].usage.prompt_tokens
-    assert len({chunk.id for chunk in chunks}) == 1
-    assert fleet.metric("pegaflow_router_replays_total") - replays == 1
+    endpoints = ("completions", "chat")
+    far = threading.Barrier(len(endpoints), lambda: os.kill(engine, signal.SIGKILL), timeout=60)
+
+    def on_piece(number: int) -> None:
+        if number == 20:
+            far.wait()
+
+    with ThreadPoolExecutor() as pool:
+        streams = [pool.submit(tell, fleet.url, model, endpoint, on_piece) for endpoint in endpoints]
+        answers = [stream.result(timeout=120) for stream in streams]
+    assert fleet.metric("pegaflow_router_replays_total") - replays == len(endpoints)
+    for endpoint, chunks in zip(endpoints, answers, strict=True):
+        right = tell(reference.url, model, endpoint, lambda _: None)
+        assert text_of(chunks) == text_of(right) != "", endpoint
+        assert chunks[-1].usage.completion_tokens == right[-1].usage.completion_tokens == STREAMED
+        assert chunks[-1].usage.prompt_tokens == right[-1].usage.prompt_tokens
+        assert len({chunk.id for chunk in chunks}) == 1
     fleet.wait_for_return("decode", node["incarnation"])
 
 

@@ -6,7 +6,6 @@ use clap::Args;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
 
 use crate::cli::Exit;
 use crate::cli::engine::token;
@@ -39,13 +38,12 @@ impl StoreArgs {
     }
 }
 
-/// Connects the board to the store, until `stop`.
+/// Connects the board to the store, until the tasks are ended.
 pub(super) fn follow(
     engine: RemoteEngine,
     board: HandoffBoard,
     registry: &mut Registry,
     tasks: &mut JoinSet<()>,
-    stop: CancellationToken,
 ) {
     let connected = Gauge::default();
     registry.register(
@@ -53,5 +51,5 @@ pub(super) fn follow(
         "1 while the store of --engine answers; 0: decode nodes compute prompts",
         connected.clone(),
     );
-    tasks.spawn(remote::follow(engine, board, connected, stop));
+    tasks.spawn(remote::follow(engine, board, connected));
 }
