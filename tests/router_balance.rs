@@ -15,6 +15,7 @@ use pegaflow::handoff::HandoffBoard;
 use pegaflow::plan::RouterPlan;
 use serde_json::{Value, json};
 use support_router::*;
+use tokio_util::sync::CancellationToken;
 
 async fn unified(answer: Answer) -> (Fake, Fake, Rig) {
     let board = HandoffBoard::default();
@@ -252,4 +253,41 @@ async fn a_warm_node_that_is_busy_is_passed_by() {
         drop(client.await);
     }
     rig.finish().await;
+}
+
+/// Two looks at the fleet for one request, and a change between them, once made everybody wait for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn nobody_is_stuck_while_nodes_change_all_the_time() {
+    let board = HandoffBoard::default();
+    let p = Fake::always(&board, Kv::Settle(READY), Answer::Tokens).await;
+    let d = Fake::always(&board, Kv::Nothing, Answer::Tokens).await;
+    let nodes = [("p", Role::Prefill, p.addr), ("d", Role::Decode, d.addr)];
+    let rig = Rig::start(&board, plan(), &nodes).await;
+    let (fleet, stop) = (rig.fleet.clone(), CancellationToken::new());
+    let (changing, watching, guard) = (stop.clone(), stop.clone(), stop.drop_guard());
+    std::thread::spawn(move || {
+        std::thread::sleep(HANG);
+        if !watching.is_cancelled() {
+            // Whoever could fail the test is stuck as well.
+            eprintln!("the router is stuck");
+            std::process::abort();
+        }
+    });
+    let changes = std::thread::spawn(move || {
+        let mut weight = 0;
+        while !changing.is_cancelled() {
+            weight = weight % 7 + 1;
+            fleet.update(&"d".into(), |node| node.weight = weight);
+        }
+    });
+    let requests = (0..8).map(async |_| {
+        for _ in 0..100 {
+            let request = rig.request("/v1/completions", &prompt("a"));
+            let got = soon("an answer", request.send()).await.unwrap();
+            assert_eq!(got.status(), 200);
+        }
+    });
+    futures_util::future::join_all(requests).await;
+    drop(guard);
+    changes.join().unwrap();
 }
