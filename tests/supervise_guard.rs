@@ -11,6 +11,7 @@ mod supervise_common;
 use std::io::{BufRead, BufReader};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -200,14 +201,13 @@ fn the_whole_tree_stays_on_its_cores() {
 
 /// How the memory of each process of the tree is placed: the second word of its numa_maps.
 fn memory_policies(marker: &str) -> Vec<String> {
-    let policy = |pid| {
-        let maps = std::fs::read_to_string(format!("/proc/{pid}/numa_maps")).unwrap();
-        maps.split_whitespace()
-            .nth(1)
-            .unwrap_or_default()
-            .to_owned()
+    let policy = |pid| match std::fs::read_to_string(format!("/proc/{pid}/numa_maps")) {
+        Ok(maps) => Some(maps.split_whitespace().nth(1)?.to_owned()),
+        // One that only started another one, and has ended since.
+        Err(_) if !Path::new(&format!("/proc/{pid}")).exists() => None,
+        Err(error) => panic!("process {pid}: {error}"),
     };
-    alive(marker).into_iter().map(policy).collect()
+    alive(marker).into_iter().filter_map(policy).collect()
 }
 
 #[test]
