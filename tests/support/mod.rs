@@ -59,6 +59,7 @@ impl Site {
         }
         std::os::unix::fs::symlink(fake_vllm(), dir.path().join("bin/vllm")).unwrap();
         fs::write(dir.path().join("model/config.json"), MODEL_CONFIG).unwrap();
+        processes::begin();
         let site = Self {
             dir,
             port: free_port(),

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::sync::LazyLock;
+use std::time::{Duration, SystemTime};
 
 /// All processes with `entry` in their environment. Zombies have none.
 pub fn with_environment(entry: &str) -> BTreeSet<u32> {
@@ -80,9 +82,20 @@ pub fn describe(pid: u32) -> String {
     format!("{pid} (parent {:?}): {command}", parent(pid))
 }
 
-/// Shared-memory files that fakes with these pids have made.
+/// When the first of these tests began; less a second, since files have a coarse clock.
+static BEGUN: LazyLock<SystemTime> = LazyLock::new(|| SystemTime::now() - Duration::from_secs(1));
+
+/// Before the first fake is started.
+pub fn begin() {
+    LazyLock::force(&BEGUN);
+}
+
+/// Shared-memory files that fakes with these pids have made. Pids are used again: what was there before these tests
+/// is of others.
 pub fn shm_of(pids: &BTreeSet<u32>) -> Vec<String> {
     let entries = fs::read_dir("/dev/shm").unwrap().flatten();
+    let made = |entry: &fs::DirEntry| entry.metadata()?.modified();
+    let entries = entries.filter(|entry| made(entry).is_ok_and(|made| made >= *BEGUN));
     let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
     names
         .filter(|name| {
