@@ -77,10 +77,11 @@ pub(super) struct ReplyBody {
     first: Option<Bytes>,
     running: Option<Running>,
     last: Last,
-    silence: Pin<Box<Sleep>>,
-    /// The timer runs since we asked for a chunk, not since the last one: a slow client is not a
-    /// silent node.
-    armed: bool,
+    /// May go off too early: it is moved when it goes off, not at every token.
+    alarm: Pin<Box<Sleep>>,
+    /// When the node has been silent for too long, while we wait for a chunk. It runs since we asked for
+    /// one, not since the last one: a slow client is not a silent node.
+    patience: Option<Instant>,
 }
 
 struct Running {
@@ -116,8 +117,8 @@ impl ReplyBody {
                 _permit: held.permit,
             }),
             last,
-            silence: Box::pin(sleep(cx.plan.chunk_timeout)),
-            armed: false,
+            alarm: Box::pin(sleep(cx.plan.chunk_timeout)),
+            patience: None,
             cx,
         }
     }
@@ -133,17 +134,19 @@ impl ReplyBody {
 
     fn poll_silence(&mut self, waker: &mut Waker<'_>) -> Poll<()> {
         let timeout = self.cx.plan.chunk_timeout;
-        if !self.armed {
-            self.silence.as_mut().reset(Instant::now() + timeout);
-            self.armed = true;
+        let mut until = *self.patience.get_or_insert_with(|| Instant::now() + timeout);
+        loop {
+            ready!(self.alarm.as_mut().poll(waker));
+            let now = Instant::now();
+            if now >= until + OVERSLEPT {
+                // pegaflow itself stood still (SIGSTOP, a frozen container), and what the node said is still unread.
+                until = now + timeout;
+                self.patience = Some(until);
+            } else if now >= until {
+                return Poll::Ready(());
+            }
+            self.alarm.as_mut().reset(until);
         }
-        ready!(self.silence.as_mut().poll(waker));
-        if Instant::now() < self.silence.deadline() + OVERSLEPT {
-            return Poll::Ready(());
-        }
-        // pegaflow itself stood still (SIGSTOP, a frozen container), and what the node said is still unread.
-        self.silence.as_mut().reset(Instant::now() + timeout);
-        self.silence.as_mut().poll(waker)
     }
 
     /// The next events for the client; `None` at the end.
@@ -171,7 +174,7 @@ impl ReplyBody {
             };
             let error = match stream.poll_events(waker) {
                 Poll::Ready(Some(Ok(events))) => {
-                    self.armed = false;
+                    self.patience = None;
                     match running.passed_on(events) {
                         Some(events) => return Poll::Ready(Some(events)),
                         None => continue,
@@ -187,7 +190,7 @@ impl ReplyBody {
                     LegError::ChunkTimeout(self.cx.plan.chunk_timeout)
                 }
             };
-            self.armed = false;
+            self.patience = None;
             if let Some(events) = self.failed(error) {
                 return Poll::Ready(Some(events));
             }
