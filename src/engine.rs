@@ -117,6 +117,8 @@ impl Engine {
             first_epoch: epoch_now(),
         };
         let pools = Pools::new(&common, &config.pools);
+        // From here on the board keeps a list for this engine.
+        board.take_abandoned();
         let shared = Arc::new(Shared::new(pools, board, &config.arena));
         registry.register_collector(Box::new(EngineCollector(shared.clone())));
 

@@ -137,8 +137,8 @@ pub enum HandoffState {
 struct Board {
     entries: HashMap<HandoffId, watch::Sender<HandoffState>>,
     /// Whose tickets were dropped since the engine last asked; the oldest are forgotten (and end by
-    /// their deadline) when nobody asks.
-    abandoned: VecDeque<HandoffId>,
+    /// their deadline) when it asks too seldom. `None`: there is no engine in this process.
+    abandoned: Option<VecDeque<HandoffId>>,
     /// The store is off: nothing will ever fire again.
     off: Option<HandoffFailure>,
     /// Carries changes to an engine in another process.
@@ -262,10 +262,11 @@ impl HandoffBoard {
         changes
     }
 
-    /// Engine: the hand-offs that nobody waits for any more, since the last call. Those that have
-    /// failed are not among them: nothing is held for them.
+    /// Engine: the hand-offs that nobody waits for any more, since the last call; the first one begins
+    /// the list. Those that have failed are not among them: nothing is held for them.
     pub fn take_abandoned(&self) -> Vec<HandoffId> {
-        self.lock().abandoned.drain(..).collect()
+        let mut board = self.lock();
+        board.abandoned.get_or_insert_default().drain(..).collect()
     }
 
     /// Hand-offs that somebody waits for at this moment.
@@ -352,9 +353,9 @@ impl Drop for HandoffTicket {
         board.entries.remove(&self.id);
         if board.follower.is_some() {
             board.tell(Change::Left(self.id.clone()));
-        } else if !failed {
-            board.abandoned.truncate(MAX_ABANDONED - 1);
-            board.abandoned.push_front(self.id.clone());
+        } else if !failed && let Some(abandoned) = &mut board.abandoned {
+            abandoned.truncate(MAX_ABANDONED - 1);
+            abandoned.push_front(self.id.clone());
         }
     }
 }

@@ -39,6 +39,7 @@ mod legs;
 mod metrics;
 mod models;
 mod observation;
+mod pace;
 mod pool;
 mod private_file;
 mod proxy;

@@ -42,6 +42,9 @@ async fn dropping_the_ticket_removes_the_entry() {
 #[test]
 fn the_engine_learns_who_left_unless_nothing_is_held_for_them() {
     let board = HandoffBoard::default();
+    drop(board.register(HandoffId::from("before there was an engine")));
+    assert!(board.lock().abandoned.is_none(), "kept for nobody");
+    assert!(board.take_abandoned().is_empty());
     let [waiting, ready, failed] = ["waiting", "ready", "failed"].map(HandoffId::from);
     let tickets = [&waiting, &ready, &failed].map(|id| board.register(id.clone()));
     board.settle(&ready, READY);

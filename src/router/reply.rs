@@ -29,6 +29,7 @@ use super::error::error_event;
 use super::handoff::{Background, Prefilled};
 use super::legs::{Caller, Leg, LegError, Reply, Target};
 use super::observation::{Observation, Outcome};
+use super::pace::Pace;
 use super::replay::{Continuation, Next, Refusal, Transcript};
 use super::split::WholeReason;
 use super::stream::{EventStream, Last};
@@ -82,6 +83,7 @@ pub(super) struct ReplyBody {
     /// When the node has been silent for too long, while we wait for a chunk. It runs since we asked for
     /// one, not since the last one: a slow client is not a silent node.
     patience: Option<Instant>,
+    pace: Pace,
 }
 
 struct Running {
@@ -119,6 +121,7 @@ impl ReplyBody {
             last,
             alarm: Box::pin(sleep(cx.plan.chunk_timeout)),
             patience: None,
+            pace: Pace::new(Instant::now()),
             cx,
         }
     }
@@ -156,7 +159,13 @@ impl ReplyBody {
                 return Poll::Ready(None);
             };
             let stream = match &mut running.source {
-                Source::Node(stream, _) => stream,
+                Source::Node(stream, _) => {
+                    if let Some(until) = self.pace.pause(Instant::now()) {
+                        self.alarm.as_mut().reset(until);
+                        ready!(self.alarm.as_mut().poll(waker));
+                    }
+                    stream
+                }
                 Source::Resuming(resuming, error) => {
                     let Some((rest, events, pick)) = ready!(resuming.as_mut().poll(waker)) else {
                         self.cx.metrics.replay("failed", "no_node");
@@ -403,6 +412,7 @@ impl Body for ReplyBody {
             return Poll::Ready(Some(Ok(Frame::data(first))));
         }
         let events = ready!(this.poll_next(waker));
+        this.pace.piece(Instant::now());
         Poll::Ready(events.map(|events| Ok(Frame::data(events))))
     }
 }
