@@ -116,6 +116,23 @@ fn as_millis<S: serde::Serializer>(value: &Duration, s: S) -> Result<S::Ok, S::E
 }
 
 impl Phase {
+    /// What [`Phase::label`] can say.
+    pub const LABELS: [&str; 13] = [
+        "pending",
+        "starting",
+        "warming_up",
+        "verifying",
+        "ready",
+        "unreachable",
+        "down",
+        "draining",
+        "backoff",
+        "crash_loop",
+        "failed",
+        "stopping",
+        "stopped",
+    ];
+
     /// A stable word for tables, logs and metrics.
     pub fn label(&self) -> &'static str {
         match self {

@@ -31,6 +31,7 @@ mod cors;
 mod demand;
 mod dispatch;
 mod error;
+mod figures;
 mod front;
 mod handoff;
 mod keys;
@@ -38,6 +39,7 @@ mod kv_ready;
 mod legs;
 mod metrics;
 mod models;
+mod node_metrics;
 mod observation;
 mod pace;
 mod pool;
@@ -145,7 +147,7 @@ pub async fn serve(
         let Some((listener, mut beat)) = figures else {
             return Ok(());
         };
-        let routes = routes::figures(cx.clone());
+        let routes = routes::own(cx.clone());
         let door = server::Door {
             listener,
             tls: None,

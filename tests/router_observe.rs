@@ -257,3 +257,65 @@ async fn a_request_is_one_line_in_the_log_where_it_is_asked_for() {
         assert!(fields.get("prefill").is_none() && fields.get("prefill_ms").is_none());
     }
 }
+
+#[tokio::test]
+async fn the_nodes_figures_are_there_too_and_a_silent_node_costs_only_its_own() {
+    let board = HandoffBoard::default();
+    let speaks = async |text: &'static str| {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        let app = axum::Router::new().route("/metrics", axum::routing::get(async move || text));
+        tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+        addr
+    };
+    let good = speaks("# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{engine=\"0\"} 3.0\nnonsense\n").await;
+    let bad = speaks("").await;
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let gone = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let (silent_addr, gone_addr) = (silent.local_addr().unwrap(), gone.local_addr().unwrap());
+    drop(gone);
+    let nodes = [
+        ("bad", Role::Decode, bad),
+        ("gone", Role::Decode, gone_addr),
+        ("good", Role::Prefill, good),
+        ("silent", Role::Decode, silent_addr),
+    ];
+    let rig = Rig::start(&board, plan(), &nodes).await;
+    rig.set("bad", pegaflow::fleet::Phase::Draining);
+    let started = std::time::Instant::now();
+    let got = rig.get("/metrics/all").await;
+    assert!(
+        started.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        started.elapsed()
+    );
+    assert_eq!(got.status, 200);
+    let own = rig.metrics().await;
+    let own_families = own.lines().filter(|line| line.starts_with("# TYPE"));
+    assert!(own_families.clone().count() > 10);
+    for line in own_families.chain([
+        "pegaflow_node_scraped{node=\"bad\"} 1",
+        "pegaflow_node_scraped{node=\"gone\"} 0",
+        "pegaflow_node_scraped{node=\"good\"} 1",
+        "pegaflow_node_scraped{node=\"silent\"} 0",
+        "# TYPE vllm:num_requests_running gauge",
+        "vllm:num_requests_running{node=\"good\",engine=\"0\"} 3.0",
+    ]) {
+        assert_eq!(
+            got.text.lines().filter(|found| *found == line).count(),
+            1,
+            "{line}\n{}",
+            got.text
+        );
+    }
+    assert!(got.text.ends_with("} 3.0\n# EOF\n"), "{}", got.text);
+    assert_eq!(got.text.matches("# EOF").count(), 1);
+
+    // Nobody is asked who does not run.
+    for node in ["gone", "silent"] {
+        rig.set(node, pegaflow::fleet::Phase::CrashLoop);
+    }
+    let got = rig.get("/metrics/all").await;
+    assert!(!got.text.contains("scraped{node=\"gone\"}"), "{}", got.text);
+    rig.finish().await;
+}

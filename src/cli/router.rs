@@ -26,7 +26,7 @@ use super::others::Watching;
 use super::{Exit, Seat};
 use crate::fleet::{DEFAULT_POOL, FleetPublisher, Role};
 use crate::handoff::HandoffBoard;
-use crate::observe::LogFormat;
+use crate::observe::{LogFormat, NodeCollector};
 use crate::plan::ExternalNode;
 use crate::router::{self, RouterDeps, RouterMetrics};
 use crate::supervise::ExternalDeps;
@@ -314,6 +314,8 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
     if let Some(engine) = engine {
         store::follow(engine, board.clone(), &mut registry, &mut helpers);
     }
+    let metrics = RouterMetrics::register(&mut registry);
+    registry.register_collector(Box::new(NodeCollector(fleet.watch())));
     let deps = RouterDeps {
         plan: settings,
         fleet: fleet.watch(),
@@ -323,7 +325,7 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
         admin,
         tls,
         node_key: None,
-        metrics: RouterMetrics::register(&mut registry),
+        metrics,
         registry: Arc::new(registry),
         vitals,
     };

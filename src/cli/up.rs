@@ -32,7 +32,7 @@ use crate::fleet::{FleetPublisher, FleetWatch, NodeId, NodeKey, NodeView};
 use crate::handoff::HandoffBoard;
 use crate::host::{self, GpuWatcher};
 use crate::instance::{Instance, InstanceError, InstanceInfo};
-use crate::observe::{Console, GpuCollector, LogFile};
+use crate::observe::{Console, GpuCollector, LogFile, NodeCollector};
 use crate::plan::{Device, ExternalNode, Plan};
 use crate::router::{self, Listeners, RouterDeps, RouterMetrics};
 use crate::shutdown::Shutdown;
@@ -157,6 +157,7 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
     });
     let others = plan.others.iter().map(ExternalNode::view);
     let fleet = FleetPublisher::new(own.chain(others));
+    registry.register_collector(Box::new(NodeCollector(fleet.watch())));
 
     let mut gpus: Vec<u32> = plan
         .nodes

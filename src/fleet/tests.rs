@@ -59,3 +59,24 @@ fn a_snapshot_serializes_flat() {
     assert_eq!(json["nodes"]["p"]["phase"], "pending");
     assert_eq!(json["nodes"]["p"]["kv"], "unproven");
 }
+
+#[test]
+fn every_phase_has_its_label_in_the_list() {
+    let delay = Duration::ZERO;
+    let all = [
+        Phase::Pending,
+        Phase::Starting,
+        Phase::WarmingUp,
+        Phase::Verifying,
+        Phase::Ready,
+        Phase::Unreachable,
+        Phase::Down,
+        Phase::Draining,
+        Phase::Backoff { delay },
+        Phase::CrashLoop,
+        Phase::Failed,
+        Phase::Stopping,
+        Phase::Stopped,
+    ];
+    assert_eq!(all.map(|phase| phase.label()), Phase::LABELS);
+}

@@ -30,7 +30,7 @@ const LOOK: Duration = Duration::from_secs(1);
 /// What is shorter can be tried out.
 const LEAST: usize = 8;
 /// Whether the fleet serves, and its figures: for probes and scrapers, and no secrets.
-const OPEN: [&str; 2] = ["/health", "/metrics"];
+const OPEN: [&str; 3] = ["/health", "/metrics", "/metrics/all"];
 
 /// Why a source of keys cannot be used. Never names a key.
 #[derive(Debug, thiserror::Error)]

@@ -1,6 +1,7 @@
 //! One leg: a request to one node, up to the moment its answer can be committed to the client.
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -283,6 +284,28 @@ impl Client {
                 .await
                 .unwrap_or(Err(LegError::FirstByteTimeout(limit)))
         }
+    }
+
+    /// What a node says of itself at `path`, to nobody in particular. The caller sets the time limit.
+    pub(super) async fn read(&self, node: SocketAddr, path: &str) -> Result<Bytes, LegError> {
+        let mut headers = HeaderMap::new();
+        if let Ok(host) = HeaderValue::try_from(node.to_string()) {
+            headers.insert(header::HOST, host);
+        }
+        let request = Request {
+            method: Method::GET,
+            head: request_head(&Method::GET, path, &headers, 0),
+            body: Bytes::new(),
+        };
+        let (head, body) = self.pool.send(node, request).await?;
+        let body = read_whole(body).await?;
+        if head.status != StatusCode::OK {
+            return Err(LegError::Status {
+                status: head.status,
+                excerpt: excerpt(&body),
+            });
+        }
+        Ok(body)
     }
 
     fn request(&self, pick: &Pick, leg: Leg<'_>) -> Request {

@@ -16,11 +16,12 @@ use super::breaker::Duty;
 use super::replay::Refusal;
 use super::timeline::AnswerLeg;
 use crate::fleet::NodeId;
+use crate::handoff::HandoffFailure;
 use crate::traffic::NodeLoad;
 pub(super) use labels::RequestLabels;
 use labels::{
-    BreakerLabels, FALLBACKS, LegLabels, NodeLabels, PathLabels, REPLAYS, ReasonLabels,
-    ReplayLabels, RetryLabels, STAGES, StageLabels,
+    BreakerLabels, FALLBACKS, LEGS, LegLabels, NodeLabels, PathLabels, REPLAYS, RETRIES,
+    ReasonLabels, ReplayLabels, RetryLabels, STAGES, StageLabels,
 };
 
 /// Which way a request took.
@@ -121,9 +122,16 @@ impl RouterMetrics {
             whole: legs.get_or_create_owned(&LegLabels { leg }),
         };
         let retries = Family::<RetryLabels, Counter>::default();
+        let legs_and_reasons = LEGS
+            .into_iter()
+            .flat_map(|leg| RETRIES.map(|why| (leg, why)));
+        let producer_died = ("prefill", HandoffFailure::ProducerDied.label());
+        for (leg, reason) in legs_and_reasons.chain([producer_died]) {
+            drop(retries.get_or_create(&RetryLabels { leg, reason }));
+        }
         registry.register("retries", "Legs sent once more", retries.clone());
         let retries_denied = Family::<LegLabels, Counter>::default();
-        for leg in ["prefill", "decode", "whole"] {
+        for leg in LEGS {
             drop(retries_denied.get_or_create(&LegLabels { leg }));
         }
         registry.register(

@@ -14,9 +14,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// Between two pieces, on average.
-const EVERY: Duration = Duration::from_millis(1);
+const EVERY: Duration = Duration::from_millis(2);
 /// So many pieces may come without a pause after a quiet time.
-const BURST: u32 = 16;
+const BURST: u32 = 8;
 
 /// Of one stream.
 #[derive(Debug)]

@@ -137,7 +137,9 @@ impl ReplyBody {
 
     fn poll_silence(&mut self, waker: &mut Waker<'_>) -> Poll<()> {
         let timeout = self.cx.plan.chunk_timeout;
-        let mut until = *self.patience.get_or_insert_with(|| Instant::now() + timeout);
+        let mut until = *self
+            .patience
+            .get_or_insert_with(|| Instant::now() + timeout);
         loop {
             ready!(self.alarm.as_mut().poll(waker));
             let now = Instant::now();

@@ -7,12 +7,12 @@
 //! | `GET /health` | 200 when a request can be served now, else 503 with Retry-After |
 //! | `GET /status` | the fleet and what is in flight, as JSON; elsewhere where there is a `metrics_listen` |
 //! | `GET /metrics` | Prometheus text; likewise |
+//! | `GET /metrics/all` | with the nodes' own; see [`super::node_metrics`] |
 //! | `POST /kv_ready` | see [`super::kv_ready`] |
 //! | others of vLLM | see [`super::proxy`] |
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
 
 use axum::Json;
 use axum::Router;
@@ -28,7 +28,6 @@ use serde_json::json;
 use super::access::Access;
 use super::admission::{has_ready_node, retry_after};
 use super::body::{self, Fields};
-use super::breaker::Duty;
 use super::demand::{Demand, session};
 use super::dispatch::{Delivery, Task, deliver};
 use super::error::RouterError;
@@ -42,7 +41,7 @@ use super::reply::{Held, Origin, ReplyBody};
 use super::split::{Endpoint, WholeReason, never_split};
 use super::stream::Last;
 use super::worth::{Limits, Pressure, not_worth_splitting};
-use super::{Call, Context, cors, keys, kv_ready, proxy};
+use super::{Call, Context, cors, figures, keys, kv_ready, proxy};
 use crate::fleet::Role;
 
 const SERVER_TIMING: header::HeaderName = header::HeaderName::from_static("server-timing");
@@ -58,7 +57,7 @@ pub(super) fn routes(cx: Arc<Context>) -> Front {
         .route(kv_ready::PATH, post(kv_ready::announce))
         .route("/health", get(health));
     let routes = match cx.plan.metrics_listen {
-        None => with_figures(routes),
+        None => figures::add(routes),
         Some(_) => routes,
     };
     let routes = routes
@@ -75,19 +74,13 @@ pub(super) fn routes(cx: Arc<Context>) -> Front {
 }
 
 /// For who runs the fleet: on a listener of its own, or on the clients' one.
-pub(super) fn figures(cx: Arc<Context>) -> Front {
+pub(super) fn own(cx: Arc<Context>) -> Front {
     let health = Router::new().route("/health", get(health));
     let nothing = async |uri: Uri, headers: HeaderMap| {
         let path = uri.path().to_owned();
         RouterError::NotFound { path }.response_for(&headers)
     };
-    Front::new(None, with_figures(health).fallback(nothing).with_state(cx))
-}
-
-fn with_figures(routes: Router<Arc<Context>>) -> Router<Arc<Context>> {
-    routes
-        .route("/status", get(status))
-        .route("/metrics", get(metrics))
+    Front::new(None, figures::add(health).fallback(nothing).with_state(cx))
 }
 
 async fn completions(State(cx): Shared, request: Request) -> Response {
@@ -324,16 +317,6 @@ impl Context {
         not_worth_splitting(demand.prompt, limits, pressure)
     }
 
-    /// By node and leg, those that are open or have failed lately.
-    fn breakers(&self) -> BTreeMap<String, BTreeMap<&'static str, &'static str>> {
-        let mut shown = BTreeMap::<_, BTreeMap<_, _>>::new();
-        for ((node, duty), state) in self.breakers.states(Instant::now()) {
-            let legs = shown.entry(node.to_string()).or_default();
-            legs.insert(duty.label(), state);
-        }
-        shown
-    }
-
     /// `root`: the model that an alias stands for, else the same.
     fn model(&self, id: &str, root: &str) -> serde_json::Value {
         json!({
@@ -379,46 +362,6 @@ async fn health(State(cx): Shared) -> Response {
     }
     let hint = [(header::RETRY_AFTER, HeaderValue::from(retry_after(&fleet)))];
     (StatusCode::SERVICE_UNAVAILABLE, hint, body).into_response()
-}
-
-async fn status(State(cx): Shared) -> Response {
-    let fleet = cx.fleet.now();
-    Json(json!({
-        "fleet": *fleet,
-        "in_flight": cx.admission.in_flight(),
-        "queued": cx.admission.queued(),
-        "in_flight_by_node": cx.traffic.in_flight(),
-        "load_by_node": cx.traffic.loads(),
-        "breakers": cx.breakers(),
-        "retries_left": cx.retries.left(),
-        "handoffs_waiting": cx.board.waiting(),
-        "draining": cx.draining.is_cancelled(),
-    }))
-    .into_response()
-}
-
-async fn metrics(State(cx): Shared) -> Response {
-    for (node, load) in cx.traffic.loads() {
-        cx.metrics.set_node(&node, load);
-    }
-    let states = cx.breakers.states(Instant::now());
-    for node in cx.fleet.now().nodes() {
-        for duty in Duty::of(node.role) {
-            let state = states.get(&(node.id.clone(), *duty));
-            cx.metrics
-                .set_breaker(&node.id, *duty, state.unwrap_or(&"closed"));
-        }
-    }
-    let mut text = String::new();
-    if prometheus_client::encoding::text::encode(&mut text, &cx.registry).is_err() {
-        return StatusCode::INTERNAL_SERVER_ERROR.into_response();
-    }
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    (
-        [(header::CONTENT_TYPE, HeaderValue::from_static(kind))],
-        text,
-    )
-        .into_response()
 }
 
 async fn method_not_allowed(method: Method, uri: Uri, headers: HeaderMap) -> Response {

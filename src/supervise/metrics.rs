@@ -33,6 +33,9 @@ impl SupervisorMetrics {
         // 1 ms to about 9 min.
         let seconds: fn() -> Histogram = || Histogram::new(exponential_buckets(0.001, 2.0, 20));
         let restart = Family::new_with_constructor(seconds);
+        for stage in ["seen", "gate", "spawn", "ready"] {
+            drop(restart.get_or_create(&StageLabels { stage }));
+        }
         registry.register(
             "pegaflow_node_restart_seconds",
             "Stages of a node's restart: seen, gate (without the planned delay), spawn, ready",

@@ -23,7 +23,7 @@ fn two_gpus(free: u64, holders: &[u32]) -> String {
     format!("0 GPU-aaaa {TOTAL} {free} 0 1 {holders}\n1 GPU-bbbb {TOTAL} {free} 0 2 {holders}\n")
 }
 
-fn free_gpus() -> String {
+pub fn free_gpus() -> String {
     two_gpus(TOTAL - (1 << 30), &[])
 }
 
@@ -32,13 +32,13 @@ fn busy_gpus(holders: &[u32]) -> String {
 }
 
 /// What NVML is on this machine.
-enum Library<'s> {
+pub enum Library<'s> {
     Missing,
     Scripted(&'s str),
 }
 
 /// The shipped config, but for the port and the store's size: other work may need the memory.
-fn gpu_site(library: Library<'_>) -> Site {
+pub fn gpu_site(library: Library<'_>) -> Site {
     let mut site = Site::new();
     let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
     for (name, ours) in [

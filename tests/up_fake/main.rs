@@ -17,6 +17,7 @@ mod ending;
 #[path = "../fake_nvml/mod.rs"]
 mod fake_nvml;
 mod faults;
+mod figures;
 mod gpu;
 mod hangs;
 mod helpers;

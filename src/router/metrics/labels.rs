@@ -75,6 +75,21 @@ pub(super) const FALLBACKS: [&str; 12] = [
 /// What became of streams whose node failed, and why; those that are refused have a reason each beside these.
 pub(super) const REPLAYS: [(&str, &str); 3] = [("ok", ""), ("ok", "ended"), ("failed", "no_node")];
 
+pub(super) const LEGS: [&str; 3] = ["prefill", "decode", "whole"];
+
+/// Why a leg is sent once more.
+pub(super) const RETRIES: [&str; 9] = [
+    "connect",
+    "transport",
+    "first_byte_timeout",
+    "chunk_timeout",
+    "status",
+    "node_lost",
+    "too_large",
+    "truncated",
+    "in_stream",
+];
+
 /// What a request can wait for when its client goes away.
 pub(super) const STAGES: [&str; 7] = [
     "queue", "body", "dispatch", "prefill", "decode", "whole", "stream",
