@@ -4,7 +4,7 @@
 //!  streamed request ─▶ recipe: may its rest come from another node? ── no ─▶ a broken stream ends with an error event
 //!        │ yes: the node is asked for token ids                               (the reason is counted)
 //!        ▼
-//!  transcript ◀─ ids of the prompt and of every token that went out; taken out of the events again
+//!  transcript ◀─ ids of the prompt and of every token that went out; null in the events again
 //!        │ the node dies, falls silent, or says that its engine is dead
 //!        ▼
 //!  continuation: prompt ids + generated ids, the limits less what is generated ─▶ another node, any endpoint's

@@ -1,6 +1,7 @@
 """What the fleet answers and what a plain node answers to the same request, field by field.
 
-Only ids, times and routing headers may differ. Every case is asked not streamed and, where it can be, streamed; a
+Only ids, times and routing headers may differ; the end of `system_fingerprint` is an id of the node's configuration,
+which has a store in the fleet. Every case is asked not streamed and, where it can be, streamed; a
 prompt that is long enough is handed off, so both sides of the split are looked at.
 """
 
@@ -162,6 +163,11 @@ def answer(url: str, path: str, body: dict[str, Any]) -> Any:
 def named_alike(value: Any) -> Any:
     """Without ids and times, wherever they are."""
     match value:
+        case {"system_fingerprint": str() as mark}:
+            version, _, config = mark.rpartition("-")
+            assert version.startswith("vllm-"), mark
+            assert len(config) == 8, mark
+            return named_alike(value | {"system_fingerprint": None}) | {"system_fingerprint": version}
         case dict():
             return {
                 key: named_alike(inner) for key, inner in value.items() if key not in ("id", "created", "request_id")
@@ -195,6 +201,9 @@ def merge(into: dict[str, Any], part: dict[str, Any], path: str) -> None:
         where = f"{path}.{key}"
         match value:
             case dict():
+                if isinstance(into.get(key), list):
+                    # It was null before.
+                    into[f"{key} at first"] = into.pop(key)
                 merge(into.setdefault(key, {}), value, where)
             case list() if key == "tool_calls":
                 for call in value:

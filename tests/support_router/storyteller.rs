@@ -163,9 +163,7 @@ fn events(body: &Value, is_chat: bool, prompt: &[u32], limit: usize, number: usi
     if is_chat {
         let delta = json!({"role": "assistant", "content": ""});
         let mut role = envelope(true, number, json!([{"index": 0, "delta": delta}]));
-        if ids {
-            role["prompt_token_ids"] = json!(prompt);
-        }
+        role["prompt_token_ids"] = if ids { json!(prompt) } else { Value::Null };
         events.push(format!("data: {role}\n\n").into());
     }
     let mut sequence = prompt.to_vec();
@@ -179,11 +177,11 @@ fn events(body: &Value, is_chat: bool, prompt: &[u32], limit: usize, number: usi
             true => choice["delta"] = json!({"content": text}),
             false => choice["text"] = json!(text),
         }
-        if ids {
-            choice["token_ids"] = json!([id]);
-            if !is_chat && position == 0 {
-                choice["prompt_token_ids"] = json!(prompt);
-            }
+        // The fields are there whether or not anybody asks for ids.
+        choice["token_ids"] = if ids { json!([id]) } else { Value::Null };
+        if !is_chat {
+            let told = ids && position == 0;
+            choice["prompt_token_ids"] = if told { json!(prompt) } else { Value::Null };
         }
         let chunk = envelope(is_chat, number, json!([choice]));
         events.push(format!("data: {chunk}\n\n").into());

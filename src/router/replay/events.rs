@@ -31,6 +31,7 @@ pub(super) struct Look {
     pub(super) unreadable: bool,
 }
 
+const NULL: &[u8] = b"null";
 const PROMPT: &[u8] = b"\"prompt_";
 /// The end of `"token_ids":` and of `"prompt_token_ids":`. Made once: every piece of every stream is searched.
 static IDS: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new(b"token_ids\":"));
@@ -38,7 +39,7 @@ static FINISH: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new(b"\"finish_re
 static DELTA: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new(b"\"delta\":"));
 static END: LazyLock<Finder<'_>> = LazyLock::new(|| Finder::new(b"\"choices\":[]"));
 
-/// Reads whole events; `keep`: the ids stay in them.
+/// Reads whole events; `keep`: the ids stay in them, else their fields say null.
 pub(super) fn look(events: Bytes, keep: bool) -> Pieces {
     let mut look = Look {
         finished: is_finished(&events),
@@ -56,20 +57,19 @@ pub(super) fn look(events: Bytes, keep: bool) -> Pieces {
             continue;
         };
         let before = events.get(..at).unwrap_or_default();
-        let is_prompt = before.ends_with(PROMPT);
-        let name = if is_prompt { PROMPT.len() } else { 1 };
-        if is_prompt {
+        if before.ends_with(PROMPT) {
             look.prompt.extend(ids);
         } else {
             look.generated.extend(ids);
         }
-        if keep {
+        if keep || rest.trim_ascii_start().starts_with(NULL) {
             continue;
         }
-        let (start, end) = with_comma(&events, at.saturating_sub(name), value + length);
+        // As the node says it where nobody asks for ids.
         let out = text.get_or_insert_with(|| BytesMut::with_capacity(events.len()));
-        out.extend_from_slice(events.get(copied..start).unwrap_or_default());
-        copied = end;
+        out.extend_from_slice(events.get(copied..value).unwrap_or_default());
+        out.extend_from_slice(NULL);
+        copied = value + length;
     }
     let text = match text {
         None => events,
@@ -81,27 +81,12 @@ pub(super) fn look(events: Bytes, keep: bool) -> Pieces {
     Pieces { text, look }
 }
 
-/// The comma before what is cut out goes with it, or else the one after it.
-fn with_comma(events: &[u8], start: usize, end: usize) -> (usize, usize) {
-    let before = events.get(..start).unwrap_or_default();
-    let kept = before.trim_ascii_end();
-    if kept.ends_with(b",") {
-        return (kept.len() - 1, end);
-    }
-    let after = events.get(end..).unwrap_or_default();
-    let rest = after.trim_ascii_start();
-    match rest.strip_prefix(b",") {
-        Some(rest) => (start, events.len() - rest.len()),
-        None => (start, end),
-    }
-}
-
 /// A list of ids or null, and how many bytes it takes.
 fn ids(json: &[u8]) -> Option<(Vec<u32>, usize)> {
     let spaces = json.len() - json.trim_ascii_start().len();
     let json = json.get(spaces..)?;
-    if json.starts_with(b"null") {
-        return Some((Vec::new(), spaces + 4));
+    if json.starts_with(NULL) {
+        return Some((Vec::new(), spaces + NULL.len()));
     }
     let inner = json.strip_prefix(b"[")?;
     let end = memchr::memchr(b']', inner)?;

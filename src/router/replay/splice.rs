@@ -66,14 +66,13 @@ fn reshape(
     }
     if let Some(choices) = event.get_mut("choices").and_then(Value::as_array_mut) {
         for choice in choices.iter_mut().filter_map(Value::as_object_mut) {
-            choice.remove("prompt_token_ids");
+            // Told at the beginning, and to those who asked.
+            forget(choice, "prompt_token_ids");
             if !recipe.wants_ids() {
-                choice.remove("token_ids");
+                forget(choice, "token_ids");
             }
-            if recipe.is_chat()
-                && let Some(text) = choice.remove("text")
-            {
-                choice.insert("delta".to_owned(), json!({"content": text}));
+            if recipe.is_chat() {
+                into_chat(choice);
             }
         }
     }
@@ -90,6 +89,24 @@ fn reshape(
         }
     }
     event
+}
+
+/// A field that every event has stays.
+fn forget(choice: &mut Map<String, Value>, key: &str) {
+    if let Some(value) = choice.get_mut(key) {
+        *value = Value::Null;
+    }
+}
+
+/// The choice of a completion, as one of a chat.
+fn into_chat(choice: &mut Map<String, Value>) {
+    choice.remove("prompt_token_ids");
+    if choice.get("finish_reason").is_none_or(Value::is_null) {
+        choice.remove("stop_reason");
+    }
+    if let Some(text) = choice.remove("text") {
+        choice.insert("delta".to_owned(), json!({"content": text}));
+    }
 }
 
 /// The end of a stream whose last token went out.

@@ -127,7 +127,11 @@ fn a_completion_goes_on_where_it_broke_off() {
         json!({"index": 0, "text": "x", "finish_reason": null, "prompt_token_ids": [1, 2, 3], "token_ids": [4]}),
     );
     let seen = transcript.take(event(&first));
-    let plain = chunk("a", json!({"index": 0, "text": "x", "finish_reason": null}));
+    // As a node says it that is not asked for ids.
+    let plain = chunk(
+        "a",
+        json!({"index": 0, "text": "x", "finish_reason": null, "prompt_token_ids": null, "token_ids": null}),
+    );
     assert_eq!(read(&seen), [plain]);
     transcript.take(event(&chunk(
         "a",
@@ -147,7 +151,10 @@ fn a_completion_goes_on_where_it_broke_off() {
         "b",
         json!({"index": 0, "text": "q", "finish_reason": null, "prompt_token_ids": [1, 2, 3, 4, 5, 6], "token_ids": [9]}),
     )));
-    let plain = chunk("a", json!({"index": 0, "text": "q", "finish_reason": null}));
+    let plain = chunk(
+        "a",
+        json!({"index": 0, "text": "q", "finish_reason": null, "prompt_token_ids": null, "token_ids": null}),
+    );
     assert_eq!(read(&seen), [plain]);
     let mut usage = chunk("b", json!({}));
     usage["choices"] = json!([]);
@@ -194,7 +201,7 @@ fn a_chat_goes_on_as_a_completion_and_stays_a_chat() {
     let mut role = chat(json!({"index": 0, "delta": {"role": "assistant", "content": ""}}));
     role["prompt_token_ids"] = json!([1, 2]);
     let seen = transcript.take(event(&role));
-    role.as_object_mut().unwrap().remove("prompt_token_ids");
+    role["prompt_token_ids"] = Value::Null;
     assert_eq!(read(&seen), [role]);
     transcript.take(event(&chat(
         json!({"index": 0, "delta": {"content": "x", "reasoning": null, "tool_calls": []}, "finish_reason": null, "token_ids": [3]}),
@@ -212,10 +219,17 @@ fn a_chat_goes_on_as_a_completion_and_stays_a_chat() {
 
     let seen = transcript.take(event(&chunk(
         "b",
-        json!({"index": 0, "text": "é", "finish_reason": "stop", "token_ids": [9]}),
+        json!({"index": 0, "text": "e", "finish_reason": null, "stop_reason": null, "prompt_token_ids": null, "token_ids": [8]}),
     )));
-    let expected = chat(json!({"index": 0, "delta": {"content": "é"}, "finish_reason": "stop"}));
-    assert_eq!(read(&seen), [expected]);
+    let expected =
+        json!({"index": 0, "delta": {"content": "e"}, "finish_reason": null, "token_ids": null});
+    assert_eq!(read(&seen), [chat(expected)]);
+    let seen = transcript.take(event(&chunk(
+        "b",
+        json!({"index": 0, "text": "é", "finish_reason": "stop", "stop_reason": null, "token_ids": [9]}),
+    )));
+    let expected = json!({"index": 0, "delta": {"content": "é"}, "finish_reason": "stop", "stop_reason": null, "token_ids": null});
+    assert_eq!(read(&seen), [chat(expected)]);
     // Only the end was lost.
     let Next::Ends(end) = transcript.next() else {
         panic!("it is at its end");
@@ -309,7 +323,10 @@ fn ids_that_the_client_asked_for_stay() {
         "b",
         json!({"index": 0, "text": "y", "prompt_token_ids": [1, 2], "token_ids": [3]}),
     )));
-    let expected = chunk("a", json!({"index": 0, "text": "y", "token_ids": [3]}));
+    let expected = chunk(
+        "a",
+        json!({"index": 0, "text": "y", "prompt_token_ids": null, "token_ids": [3]}),
+    );
     assert_eq!(read(&seen), [expected]);
 }
 
@@ -323,7 +340,8 @@ fn text_that_looks_like_a_field_is_text() {
         json!({"index": 0, "text": text, "prompt_token_ids": [7], "token_ids": [8]}),
     );
     let seen = transcript.take(event(&told));
-    assert_eq!(read(&seen), [chunk("a", json!({"index": 0, "text": text}))]);
+    let expected = json!({"index": 0, "text": text, "prompt_token_ids": null, "token_ids": null});
+    assert_eq!(read(&seen), [chunk("a", expected)]);
     assert_eq!(
         asks(transcript.next(), None).unwrap()["prompt"],
         json!([7, 8])
@@ -333,7 +351,7 @@ fn text_that_looks_like_a_field_is_text() {
 proptest! {
     /// Whatever the order of the fields and the text: the ids are found, and nothing else is lost.
     #[test]
-    fn ids_are_taken_out_and_nothing_else(
+    fn ids_become_null_and_nothing_else_changes(
         text in ".{0,40}",
         ids in prop::collection::vec(any::<u32>(), 0..5),
         first in any::<bool>(),
@@ -348,7 +366,7 @@ proptest! {
         let whole = Bytes::from(format!("data: {{\"choices\":[{{{inner}}}]}}\n\n"));
         let pieces = events::look(whole.clone(), false);
         prop_assert_eq!(&pieces.look.generated, &ids);
-        prop_assert_eq!(read(&pieces.text), [json!({"choices": [{"text": text}]})]);
+        prop_assert_eq!(read(&pieces.text), [json!({"choices": [{"text": text, "token_ids": null}]})]);
         prop_assert_eq!(events::look(whole.clone(), true).text, whole);
     }
 }

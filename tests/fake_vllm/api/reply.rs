@@ -164,6 +164,11 @@ impl Reply {
                 choice["message"] = json!({"role": "assistant", "content": text})
             }
         }
+        // The fields are there whether or not anybody asks for ids.
+        choice["token_ids"] = Value::Null;
+        if self.kind == Kind::Completion {
+            choice["prompt_token_ids"] = Value::Null;
+        }
         if self.token_ids {
             let ids: Vec<u32> = pieces.iter().map(|piece| piece.token.id).collect();
             choice["token_ids"] = json!(ids);
@@ -198,8 +203,11 @@ impl Reply {
         let mut reply = self.envelope(object, json!(list));
         reply["usage"] = self.usage(choices.iter().map(Vec::len).sum());
         reply["kv_transfer_params"] = Value::Null;
-        if self.kind == Kind::Chat && self.token_ids {
-            reply["prompt_token_ids"] = json!(self.prompts[0]);
+        if self.kind == Kind::Chat {
+            reply["prompt_token_ids"] = match self.token_ids {
+                true => json!(self.prompts[0]),
+                false => Value::Null,
+            };
         }
         axum::Json(reply).into_response()
     }

@@ -72,9 +72,10 @@ impl Stream {
             let choice =
                 json!([{"index": 0, "delta": delta, "logprobs": null, "finish_reason": null}]);
             let mut chunk = self.reply.envelope(self.object(), choice);
-            if self.reply.token_ids {
-                chunk["prompt_token_ids"] = json!(self.reply.prompts[0]);
-            }
+            chunk["prompt_token_ids"] = match self.reply.token_ids {
+                true => json!(self.reply.prompts[0]),
+                false => Value::Null,
+            };
             self.stage = Stage::Tokens;
             self.held = Some(piece);
             return Some(event(&chunk));
