@@ -1,6 +1,7 @@
 //! The command line: parse, dispatch, exit code. [`up`] is the only place where the supervisor, the
 //! engine and the router meet.
 
+mod bench;
 mod client;
 mod completions;
 mod detach;
@@ -81,6 +82,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Look at the KV store of a running `up`, or empty it.
     Kv(kv::KvArgs),
+    /// Put a load on any OpenAI endpoint, and report TTFT, TPOT and ITL.
+    Bench(Box<bench::BenchArgs>),
     /// Write a topology for this machine: its GPUs in pairs, or its CPUs.
     Init(init::InitArgs),
     /// Print a script that completes pegaflow's commands and options in a shell.
@@ -121,6 +124,10 @@ pub fn main() -> ExitCode {
         Command::Engine(args) => {
             let format = args.log_format;
             seated(here(format), |seat| engine::engine(seat, args))
+        }
+        Command::Bench(args) => {
+            let format = args.log_format;
+            seated(here(format), |seat| bench::bench(seat, *args))
         }
         Command::Prepare(target) => run(&target, here(target.log_format), prepare::prepare),
         Command::Status(args) => ended(converse(status::status(args))),

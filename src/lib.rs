@@ -10,6 +10,7 @@
 //! - [`router`]: OpenAI-compatible HTTP; sends a request to a prefill node, waits on the hand-off
 //!   board, and sends the same prompt to a decode node.
 //!
+//! - [`bench`]: a load on any OpenAI endpoint, and what it felt like there.
 //! - [`notify`]: what a service manager is told.
 //! - [`control`]: an API on a Unix socket for whoever operates it.
 //!
@@ -25,6 +26,7 @@
 //! - **Lease**: a pin on chunks, held by a request. **Session**: one vLLM process's connection.
 //! - **Incarnation**: one life of a node, numbered from 1. **Drain**: finish what runs, take nothing new.
 
+pub mod bench;
 pub mod cli;
 pub mod control;
 pub mod engine;

@@ -17,7 +17,7 @@ use pegaflow::topology::Topology;
 const LAYERS: &[&[&str]] = &[
     &["main", "cli"],
     &["control"],
-    &["engine", "router", "supervise"],
+    &["bench", "engine", "router", "supervise"],
     &["observe"],
     &["plan"],
     &["runtime", "model", "instance", "host", "topology"],

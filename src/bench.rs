@@ -1,0 +1,120 @@
+//! A load on an OpenAI endpoint, and what it felt like there.
+//!
+//! ```text
+//! seed ─▶ asks: prompt, length of the answer, when it is due
+//!            ├─ open:   sent when due, however many are under way
+//!            └─ closed: sent when one of so many clients is free
+//!                          └─▶ one streamed request ─▶ Sample: when its pieces came, or why it failed ─▶ Report
+//! ```
+//!
+//! The same seed makes the same asks in the same order, so that two endpoints can be given the same load. Prompts are
+//! random words; how many tokens a word has with this model is asked before the load. What is reported of
+//! lengths is what the endpoint counted.
+
+mod ask;
+mod client;
+mod lengths;
+mod report;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+pub use ask::{Load, Pace};
+pub use client::{Api, BenchError, Endpoint};
+pub use lengths::{Lengths, LengthsError};
+pub use report::{Report, Slo, SloError, Stats};
+
+use ask::Ask;
+use client::Sample;
+
+/// The most requests of one run.
+pub const MOST: usize = 100_000;
+
+/// Gives the load to the endpoint, and waits until every answer has ended; each ends by the endpoint's time limit at
+/// the latest. `stop` ends it early: what was not sent is not sent, what is under way counts as failed.
+pub async fn run(
+    endpoint: &Endpoint,
+    load: &Load,
+    slo: Option<&Slo>,
+    stop: &CancellationToken,
+    told: impl Fn(usize) + Send + Sync + 'static,
+) -> Result<Report, BenchError> {
+    let asks = load.asks(endpoint.scale(load).await?);
+    let shared = Arc::new(Shared {
+        endpoint: endpoint.clone(),
+        next: AtomicUsize::new(0),
+        done: AtomicUsize::new(0),
+        asks,
+        begun: Instant::now(),
+        told: Box::new(told),
+    });
+    let mut tasks = JoinSet::new();
+    match load.pace {
+        Pace::Open { .. } => {
+            for number in 0..shared.asks.len() {
+                let shared = shared.clone();
+                tasks.spawn(async move { vec![shared.when_due(number).await] });
+            }
+        }
+        Pace::Closed { clients } => {
+            for _ in 0..clients {
+                let shared = shared.clone();
+                tasks.spawn(async move { shared.one_after_the_other().await });
+            }
+        }
+    }
+    let mut samples = Vec::new();
+    let all = async {
+        while let Some(some) = tasks.join_next().await {
+            // A task that panicked has no samples, and its requests are missing in the report.
+            samples.extend(some.unwrap_or_default());
+        }
+    };
+    let interrupted = stop.run_until_cancelled(all).await.is_none();
+    tasks.shutdown().await;
+    let took = shared.begun.elapsed();
+    Ok(Report::new(load, &samples, took, slo, interrupted))
+}
+
+struct Shared {
+    endpoint: Endpoint,
+    asks: Vec<Ask>,
+    /// The next one of a closed load.
+    next: AtomicUsize,
+    done: AtomicUsize,
+    begun: Instant,
+    told: Box<dyn Fn(usize) + Send + Sync>,
+}
+
+impl Shared {
+    async fn when_due(&self, number: usize) -> Sample {
+        let due = self.asks.get(number).map_or(Duration::ZERO, |ask| ask.due);
+        sleep_until(self.begun + due).await;
+        self.send(number).await
+    }
+
+    async fn one_after_the_other(&self) -> Vec<Sample> {
+        let mut samples = Vec::new();
+        loop {
+            let number = self.next.fetch_add(1, Ordering::Relaxed);
+            if number >= self.asks.len() {
+                return samples;
+            }
+            samples.push(self.send(number).await);
+        }
+    }
+
+    async fn send(&self, number: usize) -> Sample {
+        let sample = match self.asks.get(number) {
+            Some(ask) => self.endpoint.sample(ask).await,
+            None => Sample::default(),
+        };
+        (self.told)(self.done.fetch_add(1, Ordering::Relaxed) + 1);
+        sample
+    }
+}

@@ -1,0 +1,338 @@
+//! One request: what is sent, and when the pieces of its answer came.
+
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use reqwest::header::{AUTHORIZATION, HeaderValue};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use tokio::time::{Instant, timeout};
+
+use super::Load;
+use super::ask::{Ask, Scale};
+
+/// Words of the two prompts that are asked before the load.
+const PROBES: [usize; 2] = [32, 160];
+/// Bytes of one event, and of an answer that is no stream.
+const MAX_EVENT: usize = 16 << 20;
+/// How much of an error's text is quoted.
+const EXCERPT: usize = 200;
+
+/// Which of the two endpoints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Api {
+    /// /v1/completions
+    #[default]
+    Completions,
+    /// /v1/chat/completions
+    Chat,
+}
+
+/// Where, and how it is asked.
+#[derive(Debug, Clone)]
+pub struct Endpoint {
+    http: reqwest::Client,
+    url: String,
+    key: Option<HeaderValue>,
+    pub model: String,
+    pub api: Api,
+    /// Answers end when they have the length that is asked for, not before: `ignore_eos`, which vLLM knows.
+    pub ignore_eos: bool,
+    /// For a whole answer.
+    pub limit: Duration,
+}
+
+/// Why there is no load.
+#[derive(Debug, thiserror::Error)]
+pub enum BenchError {
+    #[error("{url} does not answer: {source}")]
+    Unreachable { url: String, source: reqwest::Error },
+    #[error("{url} answered {status}: {said}")]
+    Refused {
+        url: String,
+        status: u16,
+        said: String,
+    },
+    #[error("{url} serves no model; name one with --model")]
+    NoModel { url: String },
+    #[error("the API key cannot be sent: it has characters that no header may have")]
+    Key,
+}
+
+/// What came of one request.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Sample {
+    /// From sending it to each piece of text.
+    pub(super) pieces: Vec<Duration>,
+    /// To the end of the answer.
+    pub(super) total: Duration,
+    /// As the endpoint counted.
+    pub(super) input: u64,
+    pub(super) output: u64,
+    /// Why it failed.
+    pub(super) failure: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Event {
+    #[serde(default)]
+    choices: Vec<Choice>,
+    usage: Option<Usage>,
+    error: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct Choice {
+    text: Option<String>,
+    delta: Option<Delta>,
+}
+
+#[derive(Deserialize)]
+struct Delta {
+    content: Option<String>,
+    reasoning: Option<String>,
+    reasoning_content: Option<String>,
+    tool_calls: Option<Value>,
+}
+
+#[derive(Deserialize, Default)]
+struct Usage {
+    #[serde(default)]
+    prompt_tokens: u64,
+    #[serde(default)]
+    completion_tokens: u64,
+}
+
+impl Choice {
+    fn says_something(&self) -> bool {
+        let has = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
+        has(&self.text)
+            || self.delta.as_ref().is_some_and(|delta| {
+                has(&delta.content)
+                    || has(&delta.reasoning)
+                    || has(&delta.reasoning_content)
+                    || delta.tool_calls.is_some()
+            })
+    }
+}
+
+impl Endpoint {
+    /// `model`: without one, the first that the endpoint serves is taken.
+    pub async fn find(
+        url: &str,
+        key: Option<&str>,
+        model: Option<String>,
+        api: Api,
+        limit: Duration,
+    ) -> Result<Self, BenchError> {
+        let key = match key {
+            Some(key) => {
+                let mut value =
+                    HeaderValue::try_from(format!("Bearer {key}")).map_err(|_| BenchError::Key)?;
+                value.set_sensitive(true);
+                Some(value)
+            }
+            None => None,
+        };
+        let mut endpoint = Self {
+            // Idle connections would be closed by uvicorn after 5 s.
+            http: reqwest::Client::builder()
+                .no_proxy()
+                .tcp_nodelay(true)
+                .pool_idle_timeout(Duration::from_secs(4))
+                .build()
+                .map_err(|source| BenchError::Unreachable {
+                    url: url.to_owned(),
+                    source,
+                })?,
+            url: url.trim_end_matches('/').trim_end_matches("/v1").to_owned(),
+            key,
+            model: model.unwrap_or_default(),
+            api,
+            ignore_eos: true,
+            limit,
+        };
+        if endpoint.model.is_empty() {
+            let models = endpoint
+                .json(endpoint.http.get(format!("{}/v1/models", endpoint.url)))
+                .await?;
+            let first = models
+                .pointer("/data/0/id")
+                .and_then(Value::as_str)
+                .map(str::to_owned);
+            endpoint.model = first.ok_or_else(|| BenchError::NoModel {
+                url: endpoint.url.clone(),
+            })?;
+        }
+        Ok(endpoint)
+    }
+
+    async fn json(&self, request: reqwest::RequestBuilder) -> Result<Value, BenchError> {
+        let failed = |source| BenchError::Unreachable {
+            url: self.url.clone(),
+            source,
+        };
+        let response = self
+            .authorized(request)
+            .timeout(self.limit)
+            .send()
+            .await
+            .map_err(failed)?;
+        let status = response.status();
+        let body = response.bytes().await.map_err(failed)?;
+        if !status.is_success() {
+            return Err(BenchError::Refused {
+                url: self.url.clone(),
+                status: status.as_u16(),
+                said: excerpt(&body),
+            });
+        }
+        Ok(serde_json::from_slice(&body).unwrap_or_default())
+    }
+
+    fn authorized(&self, request: reqwest::RequestBuilder) -> reqwest::RequestBuilder {
+        match &self.key {
+            Some(key) => request.header(AUTHORIZATION, key),
+            None => request,
+        }
+    }
+
+    /// Asks two short prompts, to learn how many tokens a word has.
+    pub(super) async fn scale(&self, load: &Load) -> Result<Scale, BenchError> {
+        let mut found = Vec::new();
+        for words in PROBES {
+            let body = self.body(&load.probe(words), 1, false);
+            let answer = self.json(self.post(&body)).await?;
+            let tokens = answer
+                .pointer("/usage/prompt_tokens")
+                .and_then(Value::as_u64);
+            found.push((words, tokens.unwrap_or_default()));
+        }
+        let scale = match found.as_slice() {
+            [short, long] => Scale::from(*short, *long),
+            _ => None,
+        };
+        // It does not count: a word is a token.
+        Ok(scale.unwrap_or(Scale {
+            fixed: 0.0,
+            per_word: 1.0,
+        }))
+    }
+
+    fn body(&self, prompt: &str, output: u32, stream: bool) -> Value {
+        let mut body = Map::new();
+        let mut put = |key: &str, value: Value| drop(body.insert(key.to_owned(), value));
+        put("model", self.model.as_str().into());
+        put("max_tokens", output.into());
+        put("temperature", 0.into());
+        put("stream", stream.into());
+        if stream {
+            put("stream_options", json!({"include_usage": true}));
+        }
+        match self.api {
+            Api::Completions => put("prompt", prompt.into()),
+            Api::Chat => put("messages", json!([{"role": "user", "content": prompt}])),
+        }
+        if self.ignore_eos {
+            put("ignore_eos", true.into());
+        }
+        body.into()
+    }
+
+    fn post(&self, body: &Value) -> reqwest::RequestBuilder {
+        let path = match self.api {
+            Api::Completions => "/v1/completions",
+            Api::Chat => "/v1/chat/completions",
+        };
+        let request = self.http.post(format!("{}{path}", self.url));
+        request
+            .header("content-type", "application/json")
+            .body(body.to_string())
+    }
+
+    pub(super) async fn sample(&self, ask: &Ask) -> Sample {
+        let request = self.authorized(self.post(&self.body(&ask.prompt, ask.output, true)));
+        let mut sample = Sample::default();
+        let begun = Instant::now();
+        let ended = timeout(self.limit, follow(request, begun, &mut sample)).await;
+        sample.total = begun.elapsed();
+        sample.failure = match ended {
+            Ok(Ok(())) => None,
+            Ok(Err(why)) => Some(why),
+            Err(_) => Some("timeout".to_owned()),
+        };
+        sample
+    }
+}
+
+/// Reads the stream to its end. The error is a short reason.
+async fn follow(
+    request: reqwest::RequestBuilder,
+    begun: Instant,
+    sample: &mut Sample,
+) -> Result<(), String> {
+    let mut response = request.send().await.map_err(|error| {
+        let why = if error.is_connect() {
+            "cannot connect"
+        } else {
+            "connection broke"
+        };
+        why.to_owned()
+    })?;
+    let status = response.status();
+    if !status.is_success() {
+        return Err(format!("status {}", status.as_u16()));
+    }
+    let mut waiting = BytesMut::new();
+    let mut is_done = false;
+    let broke = |_| "connection broke".to_owned();
+    while let Some(chunk) = response.chunk().await.map_err(broke)? {
+        let now = begun.elapsed();
+        waiting.extend_from_slice(&chunk);
+        while let Some(line) = take_line(&mut waiting) {
+            let Some(data) = line.strip_prefix(b"data:") else {
+                continue;
+            };
+            let data = data.trim_ascii();
+            if data == b"[DONE]" {
+                is_done = true;
+                continue;
+            }
+            let event: Event =
+                serde_json::from_slice(data).map_err(|_| "event is no JSON".to_owned())?;
+            if event.error.is_some() {
+                return Err("error event".to_owned());
+            }
+            if event.choices.iter().any(Choice::says_something) {
+                sample.pieces.push(now);
+            }
+            if let Some(usage) = event.usage {
+                (sample.input, sample.output) = (usage.prompt_tokens, usage.completion_tokens);
+            }
+        }
+        if waiting.len() > MAX_EVENT {
+            return Err("event too long".to_owned());
+        }
+    }
+    if !is_done {
+        return Err("stream ended early".to_owned());
+    }
+    if sample.output == 0 {
+        sample.output = sample.pieces.len() as u64;
+    }
+    Ok(())
+}
+
+fn take_line(waiting: &mut BytesMut) -> Option<Bytes> {
+    let end = memchr::memchr(b'\n', waiting)?;
+    let line = waiting.split_to(end + 1).freeze();
+    Some(line.slice(..end))
+}
+
+fn excerpt(text: &[u8]) -> String {
+    String::from_utf8_lossy(text)
+        .trim()
+        .chars()
+        .take(EXCERPT)
+        .collect()
+}

@@ -1,0 +1,396 @@
+//! What a load felt like: one figure for many samples.
+//!
+//! | | of an answer |
+//! |---|---|
+//! | TTFT | from sending the request to the first piece of text |
+//! | ITL | between two pieces of text, all of them together |
+//! | TPOT | from the first piece to the last, by the number of tokens after the first |
+//! | E2E | from sending the request to the last piece |
+//!
+//! Percentiles are interpolated between the two nearest, as NumPy and `vllm bench serve` do.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fmt::Write as _;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::ask::{Load, Pace};
+use super::client::Sample;
+
+/// In milliseconds. All 0 where nothing was measured.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
+pub struct Stats {
+    pub count: usize,
+    pub mean: f64,
+    pub p50: f64,
+    pub p90: f64,
+    pub p99: f64,
+    pub max: f64,
+}
+
+impl Stats {
+    fn of(times: impl IntoIterator<Item = Duration>) -> Self {
+        let mut times: Vec<f64> = times
+            .into_iter()
+            .map(|time| time.as_secs_f64() * 1e3)
+            .collect();
+        times.sort_by(f64::total_cmp);
+        let Some(max) = times.last().copied() else {
+            return Self::default();
+        };
+        let at = |part: f64| {
+            let place = part * (times.len() - 1) as f64;
+            let below = times.get(place.floor() as usize).copied().unwrap_or(max);
+            let above = times.get(place.ceil() as usize).copied().unwrap_or(max);
+            below + (above - below) * place.fract()
+        };
+        Self {
+            count: times.len(),
+            mean: times.iter().sum::<f64>() / times.len() as f64,
+            p50: at(0.5),
+            p90: at(0.9),
+            p99: at(0.99),
+            max,
+        }
+    }
+}
+
+/// What an answer has to keep to be good.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+pub struct Slo {
+    #[serde(serialize_with = "as_millis")]
+    pub ttft: Option<Duration>,
+    #[serde(serialize_with = "as_millis")]
+    pub tpot: Option<Duration>,
+    #[serde(serialize_with = "as_millis")]
+    pub e2e: Option<Duration>,
+}
+
+fn as_millis<S: serde::Serializer>(limit: &Option<Duration>, s: S) -> Result<S::Ok, S::Error> {
+    limit.map(|limit| limit.as_secs_f64() * 1e3).serialize(s)
+}
+
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is no limit: write ttft=500ms, tpot=50ms or e2e=10s, several with commas")]
+pub struct SloError(String);
+
+impl FromStr for Slo {
+    type Err = SloError;
+
+    fn from_str(text: &str) -> Result<Self, SloError> {
+        let mut slo = Self::default();
+        for part in text.split(',') {
+            let wrong = || SloError(part.to_owned());
+            let (name, limit) = part.split_once('=').ok_or_else(wrong)?;
+            let limit = humantime::parse_duration(limit.trim()).map_err(|_| wrong())?;
+            let place = match name.trim() {
+                "ttft" => &mut slo.ttft,
+                "tpot" => &mut slo.tpot,
+                "e2e" => &mut slo.e2e,
+                _ => return Err(wrong()),
+            };
+            *place = Some(limit);
+        }
+        Ok(slo)
+    }
+}
+
+impl Slo {
+    fn is_kept(&self, sample: &Sample) -> bool {
+        let keeps = |limit: Option<Duration>, time: Option<Duration>| match (limit, time) {
+            (Some(limit), Some(time)) => time <= limit,
+            (Some(_), None) => false,
+            (None, _) => true,
+        };
+        // One token has no time between tokens.
+        let tpot = sample
+            .tpot()
+            .or((sample.output == 1).then_some(Duration::ZERO));
+        keeps(self.ttft, sample.ttft()) && keeps(self.tpot, tpot) && keeps(self.e2e, sample.e2e())
+    }
+}
+
+impl Sample {
+    fn ttft(&self) -> Option<Duration> {
+        self.pieces.first().copied()
+    }
+
+    fn e2e(&self) -> Option<Duration> {
+        self.pieces.last().copied()
+    }
+
+    fn tpot(&self) -> Option<Duration> {
+        let after_first = u32::try_from(self.output.checked_sub(1)?).ok()?;
+        let time = self.e2e()?.checked_sub(self.ttft()?)?;
+        time.checked_div(after_first)
+    }
+
+    fn gaps(&self) -> impl Iterator<Item = Duration> {
+        let later = self.pieces.iter().skip(1);
+        later
+            .zip(&self.pieces)
+            .map(|(later, earlier)| later.saturating_sub(*earlier))
+    }
+}
+
+/// One run's figures; times are in milliseconds.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// As it was asked for.
+    pub load: String,
+    pub seed: u64,
+    pub seconds: f64,
+    /// It was ended before its end.
+    pub interrupted: bool,
+    pub ok: usize,
+    /// Why, and how often.
+    pub failed: BTreeMap<String, usize>,
+    /// As the endpoint counted them, of the answers that were complete.
+    pub input_tokens: u64,
+    pub output_tokens: u64,
+    pub requests_per_second: f64,
+    pub output_tokens_per_second: f64,
+    pub ttft: Stats,
+    pub tpot: Stats,
+    pub itl: Stats,
+    pub e2e: Stats,
+    /// Answers that kept the limits, a second.
+    pub goodput: Option<Goodput>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Goodput {
+    pub slo: Slo,
+    pub good: usize,
+    pub per_second: f64,
+}
+
+impl Report {
+    pub(super) fn new(
+        load: &Load,
+        samples: &[Sample],
+        took: Duration,
+        slo: Option<&Slo>,
+        interrupted: bool,
+    ) -> Self {
+        let good: Vec<_> = samples
+            .iter()
+            .filter(|sample| sample.failure.is_none())
+            .collect();
+        let mut failed = BTreeMap::new();
+        for why in samples.iter().filter_map(|sample| sample.failure.clone()) {
+            *failed.entry(why).or_default() += 1;
+        }
+        let lost = load.requests.saturating_sub(samples.len());
+        if lost > 0 {
+            failed.insert("not finished".to_owned(), lost);
+        }
+        let seconds = took.as_secs_f64();
+        let rate = |count: f64| if seconds > 0.0 { count / seconds } else { 0.0 };
+        let output_tokens = good.iter().map(|sample| sample.output).sum();
+        let kept = |slo: &Slo| good.iter().filter(|sample| slo.is_kept(sample)).count();
+        Self {
+            load: load.to_string(),
+            seed: load.seed,
+            seconds,
+            interrupted,
+            ok: good.len(),
+            failed,
+            input_tokens: good.iter().map(|sample| sample.input).sum(),
+            output_tokens,
+            requests_per_second: rate(good.len() as f64),
+            output_tokens_per_second: rate(output_tokens as f64),
+            ttft: Stats::of(good.iter().filter_map(|sample| sample.ttft())),
+            tpot: Stats::of(good.iter().filter_map(|sample| sample.tpot())),
+            itl: Stats::of(good.iter().flat_map(|sample| sample.gaps())),
+            e2e: Stats::of(good.iter().filter_map(|sample| sample.e2e())),
+            goodput: slo.map(|slo| Goodput {
+                slo: *slo,
+                good: kept(slo),
+                per_second: rate(kept(slo) as f64),
+            }),
+        }
+    }
+}
+
+impl fmt::Display for Load {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (input, output) = (self.input, self.output);
+        write!(
+            f,
+            "{} requests, {input} tokens in, {output} out, ",
+            self.requests
+        )?;
+        match self.pace {
+            Pace::Open { per_second } if per_second.is_infinite() => f.write_str("all at once")?,
+            Pace::Open { per_second } => write!(f, "Poisson arrivals at {per_second}/s")?,
+            Pace::Closed { clients } => write!(f, "{clients} at a time")?,
+        }
+        if self.shared_prefix > 0 {
+            let (tokens, prefixes) = (self.shared_prefix, self.prefixes);
+            write!(f, ", {tokens} tokens shared ({prefixes} beginnings)")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let failed: usize = self.failed.values().sum();
+        writeln!(f, "{} (seed {})", self.load, self.seed)?;
+        writeln!(
+            f,
+            "{} answers in {:.1} s: {:.2}/s, {:.1} tokens/s; {} tokens in, {} out; {failed} failed",
+            self.ok,
+            self.seconds,
+            self.requests_per_second,
+            self.output_tokens_per_second,
+            self.input_tokens,
+            self.output_tokens,
+        )?;
+        for (why, count) in &self.failed {
+            writeln!(f, "  failed: {count} x {why}")?;
+        }
+        writeln!(f)?;
+        let mut table = String::new();
+        let _ = writeln!(
+            table,
+            "{:8}{:>10}{:>10}{:>10}{:>10}{:>10}",
+            "ms", "mean", "p50", "p90", "p99", "max"
+        );
+        for (name, stats) in [
+            ("TTFT", &self.ttft),
+            ("TPOT", &self.tpot),
+            ("ITL", &self.itl),
+            ("E2E", &self.e2e),
+        ] {
+            let Stats {
+                mean,
+                p50,
+                p90,
+                p99,
+                max,
+                ..
+            } = stats;
+            let _ = writeln!(
+                table,
+                "{name:8}{mean:>10.2}{p50:>10.2}{p90:>10.2}{p99:>10.2}{max:>10.2}"
+            );
+        }
+        f.write_str(&table)?;
+        if let Some(goodput) = &self.goodput {
+            let (good, rate) = (goodput.good, goodput.per_second);
+            writeln!(
+                f,
+                "\n{good} of {} answers kept the limits: {rate:.2}/s",
+                self.ok
+            )?;
+        }
+        if self.interrupted {
+            writeln!(f, "\nIt was interrupted: these figures are of a part.")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn millis(times: &[u64]) -> Vec<Duration> {
+        times
+            .iter()
+            .map(|time| Duration::from_millis(*time))
+            .collect()
+    }
+
+    #[test]
+    fn percentiles_are_numpy_s() {
+        // numpy.percentile([10, 20, 30, 40], [50, 90, 99])
+        let stats = Stats::of(millis(&[40, 10, 30, 20]));
+        let close = |left: f64, right: f64| (left - right).abs() < 1e-9;
+        assert_eq!((stats.count, stats.mean, stats.max), (4, 25.0, 40.0));
+        assert!(
+            close(stats.p50, 25.0) && close(stats.p90, 37.0) && close(stats.p99, 39.7),
+            "{stats:?}"
+        );
+        assert_eq!(Stats::of([]), Stats::default());
+        assert_eq!(Stats::of(millis(&[7])).p99, 7.0);
+    }
+
+    #[test]
+    fn limits_are_read_and_kept() {
+        let slo: Slo = "ttft=500ms, tpot=10ms".parse().unwrap();
+        let sample = |pieces: &[u64], output| Sample {
+            pieces: millis(pieces),
+            output,
+            ..Sample::default()
+        };
+        assert!(slo.is_kept(&sample(&[500, 510, 520], 3)));
+        assert!(!slo.is_kept(&sample(&[501, 510, 520], 3)));
+        assert!(!slo.is_kept(&sample(&[400, 410, 421], 3)));
+        // Several tokens came in one piece.
+        assert!(slo.is_kept(&sample(&[400, 430], 4)));
+        assert!(slo.is_kept(&sample(&[400], 1)));
+        assert!(!slo.is_kept(&sample(&[], 0)));
+        for text in ["", "ttft", "ttft=", "itl=3ms", "ttft=3", "ttft=1s,"] {
+            assert!(text.parse::<Slo>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_failed_is_counted_and_not_measured() {
+        let good = Sample {
+            pieces: millis(&[100, 110, 130]),
+            total: Duration::from_millis(140),
+            input: 20,
+            output: 3,
+            failure: None,
+        };
+        let bad = Sample {
+            failure: Some("status 503".to_owned()),
+            ..good.clone()
+        };
+        let load = Load {
+            requests: 4,
+            pace: Pace::Closed { clients: 2 },
+            input: "20".parse().unwrap(),
+            output: "3".parse().unwrap(),
+            shared_prefix: 0,
+            prefixes: 1,
+            seed: 1,
+        };
+        let slo = "ttft=1s".parse().unwrap();
+        let samples = [good.clone(), bad.clone(), bad];
+        let report = Report::new(&load, &samples, Duration::from_secs(2), Some(&slo), true);
+        assert_eq!(report.ok, 1);
+        assert_eq!(
+            report.failed,
+            BTreeMap::from([("status 503".to_owned(), 2), ("not finished".to_owned(), 1)])
+        );
+        assert_eq!((report.input_tokens, report.output_tokens), (20, 3));
+        assert_eq!(
+            (
+                report.ttft.mean,
+                report.tpot.mean,
+                report.itl.mean,
+                report.e2e.max
+            ),
+            (100.0, 15.0, 15.0, 130.0)
+        );
+        assert_eq!((report.itl.count, report.requests_per_second), (2, 0.5));
+        assert_eq!(report.goodput.as_ref().unwrap().good, 1);
+        let text = report.to_string();
+        assert!(
+            text.contains("4 requests, 20 tokens in, 3 out, 2 at a time"),
+            "{text}"
+        );
+        assert!(
+            text.contains("3 failed") && text.contains("interrupted"),
+            "{text}"
+        );
+    }
+}

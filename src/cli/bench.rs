@@ -1,0 +1,168 @@
+//! `pegaflow bench [URL]`: a load on any OpenAI endpoint, and what it felt like.
+
+use std::io::IsTerminal as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::anyhow;
+use clap::Args;
+
+use super::client::print;
+use super::{Exit, Seat};
+use crate::bench::{self, Api, BenchError, Endpoint, Lengths, Load, Pace, Report, Slo};
+use crate::observe::LogFormat;
+
+/// Where a key is looked for.
+const KEY: &str = "OPENAI_API_KEY";
+/// The most clients of a closed load.
+const MOST_CLIENTS: usize = 4096;
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// Where the OpenAI API is, without /v1. A key for it is taken from OPENAI_API_KEY
+    #[arg(default_value = "http://127.0.0.1:8000")]
+    url: String,
+    /// What to write in `model`; the first that the endpoint names
+    #[arg(long)]
+    model: Option<String>,
+    /// Which endpoint
+    #[arg(long, value_enum, default_value_t = Api::Completions)]
+    api: Api,
+    /// How many requests
+    #[arg(long, short = 'n', default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=bench::MOST as i64))]
+    requests: u32,
+    /// Send as many a second, at the random times of a Poisson process, however many are under way; `inf`: all at once
+    #[arg(long, value_name = "PER_SECOND", conflicts_with = "concurrency")]
+    rate: Option<f64>,
+    /// Send as many at a time: each client waits for its answer before it asks again. 8 where there is no --rate
+    #[arg(long, short = 'c', value_name = "CLIENTS")]
+    concurrency: Option<usize>,
+    /// Tokens of a prompt: 512, or evenly between two: 100-900
+    #[arg(long, default_value = "512", value_name = "TOKENS")]
+    input: Lengths,
+    /// Tokens of an answer, likewise
+    #[arg(long, default_value = "128", value_name = "TOKENS")]
+    output: Lengths,
+    /// How many tokens at their beginning prompts have in common
+    #[arg(long, default_value_t = 0, value_name = "TOKENS")]
+    shared_prefix: u32,
+    /// How many such beginnings there are
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    prefixes: u32,
+    /// The same seed makes the same requests at the same times
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// What a good answer keeps, like ttft=500ms,tpot=50ms: counts those that do (goodput)
+    #[arg(long, value_name = "LIMITS")]
+    slo: Option<Slo>,
+    /// For a whole answer
+    #[arg(long, default_value = "10m", value_name = "TIME", value_parser = humantime::parse_duration)]
+    timeout: Duration,
+    /// Let the model end answers early. Without this `ignore_eos` is sent, which vLLM knows and others may refuse
+    #[arg(long)]
+    allow_early_end: bool,
+    /// Print the report as JSON
+    #[arg(long)]
+    json: bool,
+    /// Write the report as JSON to this file as well
+    #[arg(long, value_name = "FILE")]
+    output_json: Option<PathBuf>,
+    /// How log lines look on stderr
+    #[arg(long, value_enum, default_value_t = LogFormat::Human, env = "PEGAFLOW_LOG_FORMAT")]
+    pub log_format: LogFormat,
+}
+
+impl BenchArgs {
+    fn load(&self) -> Result<Load, Exit> {
+        let usage = |text: String| Exit::Usage(anyhow!(text));
+        let pace = match (self.rate, self.concurrency.unwrap_or(8)) {
+            (Some(rate), _) if rate > 0.0 => Pace::Open { per_second: rate },
+            (Some(rate), _) => return Err(usage(format!("--rate {rate}: it has to be above 0"))),
+            (None, clients @ 1..=MOST_CLIENTS) => Pace::Closed { clients },
+            (None, clients) => {
+                let range = format!("from 1 to {MOST_CLIENTS}");
+                return Err(usage(format!(
+                    "--concurrency {clients}: it has to be {range}"
+                )));
+            }
+        };
+        if self.shared_prefix > 0 && self.shared_prefix >= self.input.least() {
+            let (shared, input) = (self.shared_prefix, self.input);
+            return Err(usage(format!(
+                "--shared-prefix {shared} leaves nothing of a prompt of --input {input} tokens"
+            )));
+        }
+        Ok(Load {
+            requests: self.requests as usize,
+            pace,
+            input: self.input,
+            output: self.output,
+            shared_prefix: self.shared_prefix,
+            prefixes: self.prefixes as usize,
+            seed: self.seed,
+        })
+    }
+}
+
+pub async fn bench(seat: Seat, args: BenchArgs) -> Result<(), Exit> {
+    let load = args.load()?;
+    let key = std::env::var(KEY).ok().filter(|key| !key.is_empty());
+    let endpoint = Endpoint::find(
+        &args.url,
+        key.as_deref(),
+        args.model.clone(),
+        args.api,
+        args.timeout,
+    )
+    .await;
+    let mut endpoint = endpoint.map_err(exit)?;
+    endpoint.ignore_eos = !args.allow_early_end;
+    tracing::info!("{load}; model {} at {}", endpoint.model, args.url);
+    let is_watched = std::io::stderr().is_terminal();
+    let shown = is_watched.then(|| seat.console.progress("requests"));
+    let requests = load.requests;
+    let told = move |done: usize| {
+        if let Some(shown) = &shown {
+            shown.set_message(&format!("{done} of {requests}"));
+        }
+    };
+    let stop = seat.shutdown.graceful().clone();
+    let report = bench::run(&endpoint, &load, args.slo.as_ref(), &stop, told).await;
+    let report = report.map_err(exit)?;
+    if let Some(file) = &args.output_json {
+        write(file, &report)?;
+    }
+    match args.json {
+        true => print(json(&report)?)?,
+        false => print(report.to_string())?,
+    }
+    match (report.interrupted, report.ok) {
+        (true, _) => Err(Exit::Interrupted),
+        (_, 0) => Err(Exit::Failed(anyhow!("no request was answered"))),
+        _ => Ok(()),
+    }
+}
+
+fn exit(error: BenchError) -> Exit {
+    match error {
+        BenchError::Unreachable { .. } => Exit::NotRunning(error.into()),
+        BenchError::Key | BenchError::NoModel { .. } => Exit::Usage(error.into()),
+        BenchError::Refused { .. } => Exit::Failed(error.into()),
+    }
+}
+
+fn json(report: &Report) -> Result<String, Exit> {
+    let text = serde_json::to_string_pretty(report);
+    text.map(|text| text + "\n")
+        .map_err(|error| Exit::failed("cannot write the report as JSON", error))
+}
+
+fn write(file: &Path, report: &Report) -> Result<(), Exit> {
+    let error = match std::fs::write(file, json(report)?) {
+        Ok(()) => return Ok(()),
+        Err(error) => error,
+    };
+    Err(Exit::Failed(
+        anyhow::Error::new(error).context(format!("cannot write {}", file.display())),
+    ))
+}

@@ -1,0 +1,382 @@
+//! `pegaflow bench` against an endpoint whose timing is known.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic
+)]
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use futures_util::stream;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+const TTFT: Duration = Duration::from_millis(60);
+const ITL: Duration = Duration::from_millis(12);
+/// A machine that runs other tests is late.
+const LATE: f64 = 40.0;
+
+/// An OpenAI endpoint with a timer instead of a model.
+#[derive(Default)]
+struct Fake {
+    /// Of these requests every third is answered 503.
+    is_flaky: bool,
+    /// Ends no stream.
+    hangs: bool,
+    bodies: Mutex<Vec<Value>>,
+    keys: Mutex<Vec<String>>,
+    under_way: AtomicUsize,
+    most: AtomicUsize,
+    /// Between the pieces, as they were really sent, in ms.
+    gaps: Mutex<Vec<f64>>,
+}
+
+impl Fake {
+    async fn start(self) -> (SocketAddr, Arc<Self>) {
+        let fake = Arc::new(self);
+        let app = Router::new()
+            .route(
+                "/v1/models",
+                get(async || axum::Json(json!({"data": [{"id": "timer"}]}))),
+            )
+            .route("/v1/completions", post(answer))
+            .route("/v1/chat/completions", post(answer))
+            .with_state(fake.clone());
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let addr = listener.local_addr().unwrap();
+        tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+        (addr, fake)
+    }
+
+    /// Without the two that ask how many tokens a word has.
+    fn load(&self) -> Vec<Value> {
+        let bodies = self.bodies.lock().unwrap();
+        bodies
+            .iter()
+            .filter(|body| body["stream"] == true)
+            .cloned()
+            .collect()
+    }
+}
+
+/// Five tokens of template, two for each word.
+fn tokens(body: &Value) -> usize {
+    let prompt = body["prompt"]
+        .as_str()
+        .or(body["messages"][0]["content"].as_str());
+    5 + 2 * prompt.unwrap().split(' ').count()
+}
+
+async fn answer(State(fake): State<Arc<Fake>>, headers: HeaderMap, body: Bytes) -> Response {
+    let body: Value = serde_json::from_slice(&body).unwrap();
+    let key = headers
+        .get("authorization")
+        .map(|key| key.to_str().unwrap().to_owned());
+    fake.keys.lock().unwrap().extend(key);
+    let number = {
+        let mut bodies = fake.bodies.lock().unwrap();
+        bodies.push(body.clone());
+        bodies.len()
+    };
+    let input = tokens(&body);
+    let usage = json!({"prompt_tokens": input, "completion_tokens": body["max_tokens"]});
+    if body["stream"] != true {
+        return axum::Json(json!({"choices": [], "usage": usage})).into_response();
+    }
+    if fake.is_flaky && number % 3 == 0 {
+        return (StatusCode::SERVICE_UNAVAILABLE, "busy").into_response();
+    }
+    let most = fake.under_way.fetch_add(1, Ordering::SeqCst) + 1;
+    fake.most.fetch_max(most, Ordering::SeqCst);
+    let total = body["max_tokens"].as_u64().unwrap();
+    let is_chat = body["messages"].is_array();
+    let pieces = stream::unfold((0, Instant::now()), move |(sent, before)| {
+        let (fake, usage) = (fake.clone(), usage.clone());
+        async move {
+            let event = |event: Value| format!("data: {event}\n\n");
+            let text = match sent {
+                _ if sent < total => {
+                    tokio::time::sleep(if sent == 0 { TTFT } else { ITL }).await;
+                    if sent > 0 {
+                        fake.gaps
+                            .lock()
+                            .unwrap()
+                            .push(before.elapsed().as_secs_f64() * 1e3);
+                    }
+                    let choice = match is_chat {
+                        true => json!({"delta": {"content": "x"}}),
+                        false => json!({"text": "x"}),
+                    };
+                    event(json!({"choices": [choice], "usage": null}))
+                }
+                _ if fake.hangs => std::future::pending().await,
+                _ if sent == total => event(json!({"choices": [], "usage": usage})),
+                _ if sent == total + 1 => {
+                    fake.under_way.fetch_sub(1, Ordering::SeqCst);
+                    "data: [DONE]\n\n".to_owned()
+                }
+                _ => return None,
+            };
+            Some((Ok::<_, Infallible>(text), (sent + 1, Instant::now())))
+        }
+    });
+    (
+        [("content-type", "text/event-stream")],
+        Body::from_stream(pieces),
+    )
+        .into_response()
+}
+
+fn command(addr: SocketAddr, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pegaflow"));
+    command
+        .args(["bench", &format!("http://{addr}")])
+        .args(args);
+    command.env_remove("OPENAI_API_KEY").stdin(Stdio::null());
+    command
+}
+
+async fn output(mut command: Command) -> Output {
+    tokio::task::spawn_blocking(move || command.output().unwrap())
+        .await
+        .unwrap()
+}
+
+async fn report(command: Command) -> Value {
+    let output = output(command).await;
+    assert!(output.status.success(), "{output:?}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn is_near(report: &Value, path: &str, least: f64) {
+    let value = report.pointer(path).unwrap().as_f64().unwrap();
+    assert!(
+        (least..least + LATE).contains(&value),
+        "{path} is {value}, expected {least} or a little more"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_closed_load_measures_what_the_endpoint_does() {
+    let (addr, fake) = Fake::default().start().await;
+    let args = [
+        "-n",
+        "40",
+        "-c",
+        "4",
+        "--input",
+        "105",
+        "--output",
+        "5-9",
+        "--json",
+        "--slo",
+        "ttft=10s,tpot=10s",
+    ];
+    let report = report(command(addr, &args)).await;
+    assert_eq!((&report["ok"], &report["failed"]), (&json!(40), &json!({})));
+    assert_eq!(fake.most.load(Ordering::SeqCst), 4);
+    let (ttft, itl) = (TTFT.as_secs_f64() * 1e3, ITL.as_secs_f64() * 1e3);
+    for path in ["/ttft/mean", "/ttft/p50"] {
+        is_near(&report, path, ttft);
+    }
+    for path in ["/itl/p50", "/tpot/mean", "/tpot/p50"] {
+        is_near(&report, path, itl);
+    }
+    // What was sent so far apart came so far apart: nothing was held back or lumped together.
+    let gaps = fake.gaps.lock().unwrap().clone();
+    let sent = gaps.iter().sum::<f64>() / gaps.len() as f64;
+    let came = report["itl"]["mean"].as_f64().unwrap();
+    assert_eq!(report["itl"]["count"], gaps.len());
+    assert!(
+        (came / sent - 1.0).abs() < 0.05,
+        "sent {sent} ms apart, came {came}"
+    );
+    let load = fake.load();
+    assert_eq!(load.len(), 40);
+    assert!(
+        load.iter().all(|body| tokens(body) == 105
+            && body["ignore_eos"] == true
+            && body["model"] == "timer")
+    );
+    assert_eq!(report["input_tokens"], 40 * 105);
+    let asked: u64 = load
+        .iter()
+        .map(|body| body["max_tokens"].as_u64().unwrap())
+        .sum();
+    assert_eq!(report["output_tokens"], asked);
+    assert_eq!(report["goodput"]["good"], 40);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_open_load_does_not_wait_for_answers_and_a_seed_repeats_it() {
+    let (addr, fake) = Fake::default().start().await;
+    let args = [
+        "-n",
+        "30",
+        "--rate",
+        "200",
+        "--output",
+        "20",
+        "--input",
+        "65",
+        "--shared-prefix",
+        "25",
+        "--seed",
+        "5",
+        "--api",
+        "chat",
+    ];
+    for _ in 0..2 {
+        let output = output(command(addr, &args)).await;
+        assert!(output.status.success(), "{output:?}");
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(
+            text.contains(
+                "30 requests, 65 tokens in, 20 out, Poisson arrivals at 200/s, 25 tokens shared"
+            ),
+            "{text}"
+        );
+        assert!(
+            text.contains("30 answers in ") && text.contains("; 0 failed"),
+            "{text}"
+        );
+        assert!(text.contains("TTFT") && text.contains("p99"), "{text}");
+    }
+    // 30 requests come in about 150 ms, and each takes 290.
+    assert!(fake.most.load(Ordering::SeqCst) > 10, "{:?}", fake.most);
+    let prompts = |bodies: &[Value]| {
+        let mut prompts: Vec<String> = bodies
+            .iter()
+            .map(|body| body["messages"].to_string())
+            .collect();
+        prompts.sort();
+        prompts
+    };
+    let load = fake.load();
+    assert_eq!(prompts(&load[..30]), prompts(&load[30..]));
+    let start = |body: &Value| {
+        body["messages"][0]["content"]
+            .as_str()
+            .unwrap()
+            .split(' ')
+            .take(10)
+            .collect::<Vec<_>>()
+            .join(" ")
+    };
+    assert!(load.iter().all(|body| start(body) == start(&load[0])));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_fails_is_counted_by_reason_and_a_key_is_sent_and_not_shown() {
+    let flaky = Fake {
+        is_flaky: true,
+        ..Fake::default()
+    };
+    let (addr, fake) = flaky.start().await;
+    let mut asks = command(addr, &["-n", "12", "-c", "1", "--output", "2", "--json"]);
+    asks.env("OPENAI_API_KEY", "sk-secret-of-a-test");
+    let output = output(asks).await;
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    // Two came before, for the tokens of a word.
+    assert_eq!(
+        (&report["ok"], &report["failed"]),
+        (&json!(8), &json!({"status 503": 4}))
+    );
+    assert!(
+        fake.keys
+            .lock()
+            .unwrap()
+            .iter()
+            .all(|key| key == "Bearer sk-secret-of-a-test")
+    );
+    assert_eq!(fake.keys.lock().unwrap().len(), 14);
+    let shown = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+    assert!(!shown.contains("secret"), "{shown}");
+
+    let hanging = Fake {
+        hangs: true,
+        ..Fake::default()
+    };
+    let (addr, _) = hanging.start().await;
+    let output = self::output(command(
+        addr,
+        &["-n", "3", "--output", "2", "--timeout", "1s", "--json"],
+    ))
+    .await;
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (output.status.code(), &report["failed"]),
+        (Some(1), &json!({"timeout": 3}))
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ctrl_c_ends_it_with_what_there_is() {
+    let hanging = Fake {
+        hangs: true,
+        ..Fake::default()
+    };
+    let (addr, fake) = hanging.start().await;
+    let mut asks = command(addr, &["-n", "5", "-c", "5", "--output", "2", "--json"]);
+    let child = asks
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let began = Instant::now();
+    while fake.under_way.load(Ordering::SeqCst) < 5 {
+        assert!(began.elapsed() < Duration::from_secs(30));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    kill(
+        Pid::from_raw(child.id().try_into().unwrap()),
+        Signal::SIGINT,
+    )
+    .unwrap();
+    let output = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap())
+        .await
+        .unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(130));
+    assert_eq!(
+        (&report["interrupted"], &report["ok"], &report["failed"]),
+        (&json!(true), &json!(0), &json!({"not finished": 5}))
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_use_and_absent_endpoints_say_what_is_wrong() {
+    let gone = TcpListener::bind("127.0.0.1:0")
+        .await
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    for (args, code, said) in [
+        (&["--rate", "0"][..], 2, "--rate 0"),
+        (&["--concurrency", "0"], 2, "--concurrency 0"),
+        (&["--input", "9-3"], 2, "9-3"),
+        (&["--shared-prefix", "600"], 2, "--shared-prefix 600"),
+        (&["--slo", "itl=3ms"], 2, "itl=3ms"),
+        (&["--rate", "1", "--concurrency", "1"], 2, "--concurrency"),
+        (&[], 6, "does not answer"),
+    ] {
+        let output = output(command(gone, args)).await;
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{args:?}: {stderr}");
+        assert!(stderr.contains(said), "{args:?}: {stderr}");
+    }
+}
