@@ -13,8 +13,10 @@
 
 mod ask;
 mod client;
+mod html;
 mod lengths;
 mod report;
+mod slo;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -27,10 +29,12 @@ use tokio_util::sync::CancellationToken;
 pub use ask::{Load, Pace};
 pub use client::{Api, BenchError, Endpoint};
 pub use lengths::{Lengths, LengthsError};
-pub use report::{Report, Slo, SloError, Stats};
+pub use report::{Report, Stats};
+pub use slo::{Slo, SloError};
 
-use ask::Ask;
+use ask::Asks;
 use client::Sample;
+use report::Run;
 
 /// The most requests of one run.
 pub const MOST: usize = 100_000;
@@ -44,7 +48,16 @@ pub async fn run(
     stop: &CancellationToken,
     told: impl Fn(usize) + Send + Sync + 'static,
 ) -> Result<Report, BenchError> {
-    let asks = load.asks(endpoint.scale(load).await?);
+    let of = Run {
+        endpoint: &endpoint.url,
+        model: &endpoint.model,
+        load,
+        slo,
+    };
+    let Some(scale) = stop.run_until_cancelled(endpoint.scale(load)).await else {
+        return Ok(Report::new(&of, &[], Duration::ZERO, true));
+    };
+    let asks = Asks::new(load, scale?);
     let shared = Arc::new(Shared {
         endpoint: endpoint.clone(),
         next: AtomicUsize::new(0),
@@ -78,12 +91,12 @@ pub async fn run(
     let interrupted = stop.run_until_cancelled(all).await.is_none();
     tasks.shutdown().await;
     let took = shared.begun.elapsed();
-    Ok(Report::new(load, &samples, took, slo, interrupted))
+    Ok(Report::new(&of, &samples, took, interrupted))
 }
 
 struct Shared {
     endpoint: Endpoint,
-    asks: Vec<Ask>,
+    asks: Asks,
     /// The next one of a closed load.
     next: AtomicUsize,
     done: AtomicUsize,
@@ -93,8 +106,7 @@ struct Shared {
 
 impl Shared {
     async fn when_due(&self, number: usize) -> Sample {
-        let due = self.asks.get(number).map_or(Duration::ZERO, |ask| ask.due);
-        sleep_until(self.begun + due).await;
+        sleep_until(self.begun + self.asks.due(number)).await;
         self.send(number).await
     }
 
@@ -110,10 +122,10 @@ impl Shared {
     }
 
     async fn send(&self, number: usize) -> Sample {
-        let sample = match self.asks.get(number) {
-            Some(ask) => self.endpoint.sample(ask).await,
-            None => Sample::default(),
-        };
+        let ask = self.asks.get(number);
+        let sent = self.begun.elapsed();
+        let mut sample = self.endpoint.sample(&ask).await;
+        sample.sent = sent;
         (self.told)(self.done.fetch_add(1, Ordering::Relaxed) + 1);
         sample
     }

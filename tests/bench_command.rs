@@ -186,7 +186,25 @@ async fn a_closed_load_measures_what_the_endpoint_does() {
         "--slo",
         "ttft=10s,tpot=10s",
     ];
-    let report = report(command(addr, &args)).await;
+    let dir = tempfile::tempdir().unwrap();
+    let (page, file) = (
+        dir.path().join("report.html"),
+        dir.path().join("report.json"),
+    );
+    let mut asks = command(addr, &args);
+    asks.arg("--html")
+        .arg(&page)
+        .arg("--output-json")
+        .arg(&file);
+    let report = report(asks).await;
+    let written: Value = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+    assert_eq!(written, report);
+    let page = std::fs::read_to_string(page).unwrap();
+    assert_eq!(page.matches("<svg").count(), 5);
+    assert!(
+        page.contains("timer at http://127.0.0.1") && page.matches("<circle").count() == 40,
+        "{page}"
+    );
     assert_eq!((&report["ok"], &report["failed"]), (&json!(40), &json!({})));
     assert_eq!(fake.most.load(Ordering::SeqCst), 4);
     let (ttft, itl) = (TTFT.as_secs_f64() * 1e3, ITL.as_secs_f64() * 1e3);

@@ -76,6 +76,9 @@ const WORDS: [&str; 64] = [
     "law",
 ];
 
+/// No tokenizer has several of these words in one token; an endpoint that counts so does not count.
+const LEAST_PER_WORD: f64 = 0.5;
+
 /// When requests are sent.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Pace {
@@ -106,8 +109,16 @@ pub(super) struct Ask {
     pub(super) prompt: String,
     /// Tokens of the answer.
     pub(super) output: u32,
+}
+
+/// All requests of a load. Each is made when it is sent, from the seed and its number: together they may need more
+/// memory than there is.
+#[derive(Debug, Clone)]
+pub(super) struct Asks {
+    load: Load,
+    scale: Scale,
     /// After the beginning of the load.
-    pub(super) due: Duration,
+    due: Vec<Duration>,
 }
 
 /// How many tokens a prompt of words has: so many that every prompt has, and so many for each word.
@@ -122,8 +133,9 @@ impl Scale {
     pub(super) fn from(short: (usize, u64), long: (usize, u64)) -> Option<Self> {
         let words = long.0.checked_sub(short.0).filter(|words| *words > 0)?;
         let per_word = long.1.checked_sub(short.1)? as f64 / words as f64;
+        let per_word = per_word.max(LEAST_PER_WORD);
         let fixed = short.1 as f64 - per_word * short.0 as f64;
-        (per_word > 0.0).then_some(Self {
+        (long.1 > short.1).then_some(Self {
             fixed: fixed.max(0.0),
             per_word,
         })
@@ -134,46 +146,84 @@ impl Scale {
     }
 }
 
+impl Asks {
+    pub(super) fn new(load: &Load, scale: Scale) -> Self {
+        let mut rng = load.rng(Stream::Times);
+        let mut at = 0.0;
+        let due = (0..load.requests).map(|_| {
+            let due = Duration::try_from_secs_f64(at).unwrap_or_default();
+            if let Pace::Open { per_second } = load.pace {
+                // 1 - x is never 0.
+                let gap = -(1.0 - rng.random_range(0.0..1.0_f64)).ln();
+                at += gap / per_second;
+            }
+            due
+        });
+        Self {
+            due: due.collect(),
+            load: load.clone(),
+            scale,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.due.len()
+    }
+
+    pub(super) fn due(&self, number: usize) -> Duration {
+        self.due.get(number).copied().unwrap_or_default()
+    }
+
+    pub(super) fn get(&self, number: usize) -> Ask {
+        let Self { load, scale, .. } = self;
+        let mut rng = load.rng(Stream::Request(number));
+        let tokens = load.input.draw(&mut rng);
+        let output = load.output.draw(&mut rng);
+        let words = scale.words(f64::from(tokens) - scale.fixed);
+        if load.shared_prefix == 0 {
+            let prompt = text(&mut rng, words);
+            return Ask { prompt, output };
+        }
+        let shared_words = scale.words(f64::from(load.shared_prefix) - scale.fixed);
+        let turn = number % load.prefixes.max(1);
+        let shared = text(&mut load.rng(Stream::Prefix(turn)), shared_words);
+        let own = text(&mut rng, words.saturating_sub(shared_words).max(1));
+        let prompt = format!("{shared} {own}");
+        Ask { prompt, output }
+    }
+}
+
+/// What random numbers are for: each has its own.
+#[derive(Clone, Copy)]
+enum Stream {
+    Times,
+    Probe,
+    Prefix(usize),
+    Request(usize),
+}
+
 impl Load {
-    pub(super) fn asks(&self, scale: Scale) -> Vec<Ask> {
-        let mut rng = StdRng::seed_from_u64(self.seed);
-        let prefixes = self.prefixes.max(1);
-        let shared_words = match self.shared_prefix {
-            0 => 0,
-            tokens => scale.words(f64::from(tokens) - scale.fixed),
+    fn rng(&self, stream: Stream) -> StdRng {
+        let (kind, number) = match stream {
+            Stream::Times => (0, 0),
+            Stream::Probe => (1, 0),
+            Stream::Prefix(number) => (2, number),
+            Stream::Request(number) => (3, number),
         };
-        let shared: Vec<_> = (0..prefixes)
-            .filter(|_| shared_words > 0)
-            .map(|_| text(&mut rng, shared_words))
-            .collect();
-        let mut due = 0.0;
-        (0..self.requests)
-            .map(|number| {
-                let tokens = self.input.draw(&mut rng);
-                let words = scale.words(f64::from(tokens) - scale.fixed);
-                let own = text(&mut rng, words.saturating_sub(shared_words).max(1));
-                let prompt = match shared.get(number % prefixes) {
-                    Some(shared) => format!("{shared} {own}"),
-                    None => own,
-                };
-                let ask = Ask {
-                    prompt,
-                    output: self.output.draw(&mut rng),
-                    due: Duration::try_from_secs_f64(due).unwrap_or_default(),
-                };
-                if let Pace::Open { per_second } = self.pace {
-                    // 1 - x is never 0.
-                    let gap = -(1.0 - rng.random_range(0.0..1.0_f64)).ln();
-                    due += gap / per_second;
-                }
-                ask
-            })
-            .collect()
+        let mut seed = [0; 32];
+        let parts = [self.seed, kind, number as u64];
+        for (place, byte) in seed
+            .iter_mut()
+            .zip(parts.iter().flat_map(|part| part.to_le_bytes()))
+        {
+            *place = byte;
+        }
+        StdRng::from_seed(seed)
     }
 
     /// A prompt of so many words that no other is likely to begin like.
     pub(super) fn probe(&self, words: usize) -> String {
-        text(&mut StdRng::seed_from_u64(!self.seed), words)
+        text(&mut self.rng(Stream::Probe), words)
     }
 }
 
@@ -210,41 +260,50 @@ mod tests {
         }
     }
 
+    fn asks(load: &Load, scale: Scale) -> Vec<Ask> {
+        let asks = Asks::new(load, scale);
+        (0..asks.len()).map(|number| asks.get(number)).collect()
+    }
+
+    fn due(load: &Load) -> Vec<f64> {
+        Asks::new(load, PLAIN)
+            .due
+            .iter()
+            .map(Duration::as_secs_f64)
+            .collect()
+    }
+
     #[test]
     fn the_same_seed_asks_the_same_and_another_does_not() {
-        assert_eq!(load().asks(PLAIN), load().asks(PLAIN));
+        assert_eq!(asks(&load(), PLAIN), asks(&load(), PLAIN));
+        assert_eq!(due(&load()), due(&load()));
         let other = Load { seed: 8, ..load() };
-        assert_ne!(load().asks(PLAIN)[0].prompt, other.asks(PLAIN)[0].prompt);
+        assert_ne!(
+            asks(&load(), PLAIN)[0].prompt,
+            asks(&other, PLAIN)[0].prompt
+        );
+        assert_ne!(due(&load()), due(&other));
     }
 
     #[test]
     fn gaps_are_those_of_a_poisson_process() {
-        let asks = load().asks(PLAIN);
-        let gaps: Vec<f64> = asks
-            .windows(2)
-            .map(|two| (two[1].due - two[0].due).as_secs_f64())
-            .collect();
+        let due = due(&load());
+        let gaps: Vec<f64> = due.windows(2).map(|two| two[1] - two[0]).collect();
         let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
-        let variance = gaps.iter().map(|gap| (gap - mean).powi(2)).sum::<f64>() / gaps.len() as f64;
+        let squares = gaps.iter().map(|gap| (gap - mean).powi(2));
+        let deviation = (squares.sum::<f64>() / gaps.len() as f64).sqrt();
         assert!((0.09..0.11).contains(&mean), "{mean}");
         // An exponential distribution's deviation is its mean.
-        assert!(
-            (0.9..1.1).contains(&(variance.sqrt() / mean)),
-            "{}",
-            variance.sqrt()
-        );
-        let at_once = Load {
-            pace: Pace::Open {
+        assert!((0.9..1.1).contains(&(deviation / mean)), "{deviation}");
+        for pace in [
+            Pace::Open {
                 per_second: f64::INFINITY,
             },
-            ..load()
-        };
-        assert!(at_once.asks(PLAIN).iter().all(|ask| ask.due.is_zero()));
-        let closed = Load {
-            pace: Pace::Closed { clients: 3 },
-            ..load()
-        };
-        assert!(closed.asks(PLAIN).iter().all(|ask| ask.due.is_zero()));
+            Pace::Closed { clients: 3 },
+        ] {
+            let at_once = Load { pace, ..load() };
+            assert!(self::due(&at_once).iter().all(|due| *due == 0.0));
+        }
     }
 
     #[test]
@@ -253,17 +312,17 @@ mod tests {
         // A template of 10 tokens, and 2 for each word.
         let scale = Scale::from((10, 30), (100, 210)).unwrap();
         assert_eq!((scale.fixed, scale.per_word), (10.0, 2.0));
-        for ask in load().asks(scale) {
+        for ask in asks(&load(), scale) {
             assert!((20..=70).contains(&words(&ask)), "{}", words(&ask));
         }
         assert_eq!(Scale::from((10, 5), (100, 5)), None);
         assert_eq!(Scale::from((10, 5), (10, 9)), None);
-        let asks = Load {
+        let sharing = Load {
             shared_prefix: 40,
             prefixes: 2,
             ..load()
-        }
-        .asks(PLAIN);
+        };
+        let asks = asks(&sharing, PLAIN);
         let start = |number: usize| asks[number].prompt.split(' ').take(40).collect::<Vec<_>>();
         assert_eq!(start(0), start(2));
         assert_eq!(start(1), start(3));

@@ -32,7 +32,7 @@ pub enum Api {
 #[derive(Debug, Clone)]
 pub struct Endpoint {
     http: reqwest::Client,
-    url: String,
+    pub url: String,
     key: Option<HeaderValue>,
     pub model: String,
     pub api: Api,
@@ -62,6 +62,8 @@ pub enum BenchError {
 /// What came of one request.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(super) struct Sample {
+    /// After the beginning of the load.
+    pub(super) sent: Duration,
     /// From sending it to each piece of text.
     pub(super) pieces: Vec<Duration>,
     /// To the end of the answer.

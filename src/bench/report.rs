@@ -12,13 +12,14 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fmt::Write as _;
-use std::str::FromStr;
 use std::time::Duration;
 
 use serde::Serialize;
 
 use super::ask::{Load, Pace};
 use super::client::Sample;
+use super::html;
+use super::slo::Slo;
 
 /// In milliseconds. All 0 where nothing was measured.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
@@ -58,71 +59,16 @@ impl Stats {
     }
 }
 
-/// What an answer has to keep to be good.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
-pub struct Slo {
-    #[serde(serialize_with = "as_millis")]
-    pub ttft: Option<Duration>,
-    #[serde(serialize_with = "as_millis")]
-    pub tpot: Option<Duration>,
-    #[serde(serialize_with = "as_millis")]
-    pub e2e: Option<Duration>,
-}
-
-fn as_millis<S: serde::Serializer>(limit: &Option<Duration>, s: S) -> Result<S::Ok, S::Error> {
-    limit.map(|limit| limit.as_secs_f64() * 1e3).serialize(s)
-}
-
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("`{0}` is no limit: write ttft=500ms, tpot=50ms or e2e=10s, several with commas")]
-pub struct SloError(String);
-
-impl FromStr for Slo {
-    type Err = SloError;
-
-    fn from_str(text: &str) -> Result<Self, SloError> {
-        let mut slo = Self::default();
-        for part in text.split(',') {
-            let wrong = || SloError(part.to_owned());
-            let (name, limit) = part.split_once('=').ok_or_else(wrong)?;
-            let limit = humantime::parse_duration(limit.trim()).map_err(|_| wrong())?;
-            let place = match name.trim() {
-                "ttft" => &mut slo.ttft,
-                "tpot" => &mut slo.tpot,
-                "e2e" => &mut slo.e2e,
-                _ => return Err(wrong()),
-            };
-            *place = Some(limit);
-        }
-        Ok(slo)
-    }
-}
-
-impl Slo {
-    fn is_kept(&self, sample: &Sample) -> bool {
-        let keeps = |limit: Option<Duration>, time: Option<Duration>| match (limit, time) {
-            (Some(limit), Some(time)) => time <= limit,
-            (Some(_), None) => false,
-            (None, _) => true,
-        };
-        // One token has no time between tokens.
-        let tpot = sample
-            .tpot()
-            .or((sample.output == 1).then_some(Duration::ZERO));
-        keeps(self.ttft, sample.ttft()) && keeps(self.tpot, tpot) && keeps(self.e2e, sample.e2e())
-    }
-}
-
 impl Sample {
-    fn ttft(&self) -> Option<Duration> {
+    pub(super) fn ttft(&self) -> Option<Duration> {
         self.pieces.first().copied()
     }
 
-    fn e2e(&self) -> Option<Duration> {
+    pub(super) fn e2e(&self) -> Option<Duration> {
         self.pieces.last().copied()
     }
 
-    fn tpot(&self) -> Option<Duration> {
+    pub(super) fn tpot(&self) -> Option<Duration> {
         let after_first = u32::try_from(self.output.checked_sub(1)?).ok()?;
         let time = self.e2e()?.checked_sub(self.ttft()?)?;
         time.checked_div(after_first)
@@ -136,9 +82,60 @@ impl Sample {
     }
 }
 
+/// What a page shows besides figures; at most so many points that it stays small.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(super) struct Plots {
+    /// By name: times in ms, one for each of as many equal parts.
+    pub(super) quantiles: Vec<(&'static str, Vec<f64>)>,
+    /// TTFT in ms, by when the request was sent, in s.
+    pub(super) ttft_at: Vec<(f64, f64)>,
+}
+
+/// Points of a curve.
+const CURVE: usize = 201;
+/// Dots of a plot.
+const DOTS: usize = 2_000;
+
+impl Plots {
+    fn of(good: &[&Sample]) -> Self {
+        let sent = |sample: &&Sample| {
+            let ttft = sample.ttft()?.as_secs_f64() * 1e3;
+            Some((sample.sent.as_secs_f64(), ttft))
+        };
+        let every = good.len().div_ceil(DOTS).max(1);
+        Self {
+            quantiles: vec![
+                (
+                    "TTFT",
+                    curve(good.iter().filter_map(|sample| sample.ttft())),
+                ),
+                (
+                    "TPOT",
+                    curve(good.iter().filter_map(|sample| sample.tpot())),
+                ),
+                ("ITL", curve(good.iter().flat_map(|sample| sample.gaps()))),
+                ("E2E", curve(good.iter().filter_map(|sample| sample.e2e()))),
+            ],
+            ttft_at: good.iter().step_by(every).filter_map(sent).collect(),
+        }
+    }
+}
+
+fn curve(times: impl Iterator<Item = Duration>) -> Vec<f64> {
+    let mut times: Vec<f64> = times.map(|time| time.as_secs_f64() * 1e3).collect();
+    times.sort_by(f64::total_cmp);
+    let last = times.len().saturating_sub(1);
+    let places = (0..CURVE).map(|point| point * last / (CURVE - 1));
+    places
+        .filter_map(|place| times.get(place).copied())
+        .collect()
+}
+
 /// One run's figures; times are in milliseconds.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
+    pub endpoint: String,
+    pub model: String,
     /// As it was asked for.
     pub load: String,
     pub seed: u64,
@@ -159,6 +156,8 @@ pub struct Report {
     pub e2e: Stats,
     /// Answers that kept the limits, a second.
     pub goodput: Option<Goodput>,
+    #[serde(skip)]
+    pub(super) plots: Plots,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -168,14 +167,36 @@ pub struct Goodput {
     pub per_second: f64,
 }
 
+/// What was asked, and where.
+pub(super) struct Run<'a> {
+    pub(super) endpoint: &'a str,
+    pub(super) model: &'a str,
+    pub(super) load: &'a Load,
+    pub(super) slo: Option<&'a Slo>,
+}
+
 impl Report {
+    /// As one HTML page that needs nothing else.
+    pub fn html(&self) -> String {
+        html::page(self)
+    }
+
+    pub(super) fn rows(&self) -> [(&'static str, &Stats); 4] {
+        [
+            ("TTFT", &self.ttft),
+            ("TPOT", &self.tpot),
+            ("ITL", &self.itl),
+            ("E2E", &self.e2e),
+        ]
+    }
+
     pub(super) fn new(
-        load: &Load,
+        run: &Run<'_>,
         samples: &[Sample],
         took: Duration,
-        slo: Option<&Slo>,
         interrupted: bool,
     ) -> Self {
+        let Run { load, slo, .. } = run;
         let good: Vec<_> = samples
             .iter()
             .filter(|sample| sample.failure.is_none())
@@ -193,6 +214,9 @@ impl Report {
         let output_tokens = good.iter().map(|sample| sample.output).sum();
         let kept = |slo: &Slo| good.iter().filter(|sample| slo.is_kept(sample)).count();
         Self {
+            endpoint: run.endpoint.to_owned(),
+            model: run.model.to_owned(),
+            plots: Plots::of(&good),
             load: load.to_string(),
             seed: load.seed,
             seconds,
@@ -261,12 +285,7 @@ impl fmt::Display for Report {
             "{:8}{:>10}{:>10}{:>10}{:>10}{:>10}",
             "ms", "mean", "p50", "p90", "p99", "max"
         );
-        for (name, stats) in [
-            ("TTFT", &self.ttft),
-            ("TPOT", &self.tpot),
-            ("ITL", &self.itl),
-            ("E2E", &self.e2e),
-        ] {
+        for (name, stats) in self.rows() {
             let Stats {
                 mean,
                 p50,
@@ -322,28 +341,9 @@ mod tests {
     }
 
     #[test]
-    fn limits_are_read_and_kept() {
-        let slo: Slo = "ttft=500ms, tpot=10ms".parse().unwrap();
-        let sample = |pieces: &[u64], output| Sample {
-            pieces: millis(pieces),
-            output,
-            ..Sample::default()
-        };
-        assert!(slo.is_kept(&sample(&[500, 510, 520], 3)));
-        assert!(!slo.is_kept(&sample(&[501, 510, 520], 3)));
-        assert!(!slo.is_kept(&sample(&[400, 410, 421], 3)));
-        // Several tokens came in one piece.
-        assert!(slo.is_kept(&sample(&[400, 430], 4)));
-        assert!(slo.is_kept(&sample(&[400], 1)));
-        assert!(!slo.is_kept(&sample(&[], 0)));
-        for text in ["", "ttft", "ttft=", "itl=3ms", "ttft=3", "ttft=1s,"] {
-            assert!(text.parse::<Slo>().is_err(), "{text}");
-        }
-    }
-
-    #[test]
     fn what_failed_is_counted_and_not_measured() {
         let good = Sample {
+            sent: Duration::ZERO,
             pieces: millis(&[100, 110, 130]),
             total: Duration::from_millis(140),
             input: 20,
@@ -365,7 +365,22 @@ mod tests {
         };
         let slo = "ttft=1s".parse().unwrap();
         let samples = [good.clone(), bad.clone(), bad];
-        let report = Report::new(&load, &samples, Duration::from_secs(2), Some(&slo), true);
+        let run = Run {
+            endpoint: "http://127.0.0.1:1",
+            model: "<b>",
+            load: &load,
+            slo: Some(&slo),
+        };
+        let report = Report::new(&run, &samples, Duration::from_secs(2), true);
+        let page = report.html();
+        assert!(
+            page.contains("&lt;b&gt;") && !page.contains("<b>"),
+            "{page}"
+        );
+        assert_eq!(page.matches("<svg").count(), 5);
+        assert!(!page.contains("NaN") && !page.contains("src="), "{page}");
+        let empty = Report::new(&run, &[], Duration::ZERO, true).html();
+        assert!(!empty.contains("NaN") && !empty.contains("inf"), "{empty}");
         assert_eq!(report.ok, 1);
         assert_eq!(
             report.failed,

@@ -67,6 +67,9 @@ pub struct BenchArgs {
     /// Write the report as JSON to this file as well
     #[arg(long, value_name = "FILE")]
     output_json: Option<PathBuf>,
+    /// Write the report as one HTML page with plots to this file as well
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// How log lines look on stderr
     #[arg(long, value_enum, default_value_t = LogFormat::Human, env = "PEGAFLOW_LOG_FORMAT")]
     pub log_format: LogFormat,
@@ -107,14 +110,12 @@ impl BenchArgs {
 pub async fn bench(seat: Seat, args: BenchArgs) -> Result<(), Exit> {
     let load = args.load()?;
     let key = std::env::var(KEY).ok().filter(|key| !key.is_empty());
-    let endpoint = Endpoint::find(
-        &args.url,
-        key.as_deref(),
-        args.model.clone(),
-        args.api,
-        args.timeout,
-    )
-    .await;
+    let stop = seat.shutdown.graceful().clone();
+    let model = args.model.clone();
+    let found = Endpoint::find(&args.url, key.as_deref(), model, args.api, args.timeout);
+    let Some(endpoint) = stop.run_until_cancelled(found).await else {
+        return Err(Exit::Interrupted);
+    };
     let mut endpoint = endpoint.map_err(exit)?;
     endpoint.ignore_eos = !args.allow_early_end;
     tracing::info!("{load}; model {} at {}", endpoint.model, args.url);
@@ -126,11 +127,13 @@ pub async fn bench(seat: Seat, args: BenchArgs) -> Result<(), Exit> {
             shown.set_message(&format!("{done} of {requests}"));
         }
     };
-    let stop = seat.shutdown.graceful().clone();
     let report = bench::run(&endpoint, &load, args.slo.as_ref(), &stop, told).await;
     let report = report.map_err(exit)?;
     if let Some(file) = &args.output_json {
-        write(file, &report)?;
+        write(file, &json(&report)?)?;
+    }
+    if let Some(file) = &args.html {
+        write(file, &report.html())?;
     }
     match args.json {
         true => print(json(&report)?)?,
@@ -157,12 +160,10 @@ fn json(report: &Report) -> Result<String, Exit> {
         .map_err(|error| Exit::failed("cannot write the report as JSON", error))
 }
 
-fn write(file: &Path, report: &Report) -> Result<(), Exit> {
-    let error = match std::fs::write(file, json(report)?) {
-        Ok(()) => return Ok(()),
-        Err(error) => error,
+fn write(file: &Path, text: &str) -> Result<(), Exit> {
+    let Err(error) = std::fs::write(file, text) else {
+        return Ok(());
     };
-    Err(Exit::Failed(
-        anyhow::Error::new(error).context(format!("cannot write {}", file.display())),
-    ))
+    let what = format!("cannot write {}", file.display());
+    Err(Exit::Failed(anyhow::Error::new(error).context(what)))
 }

@@ -20,6 +20,8 @@ use crate::fleet::{FleetSnapshot, FleetWatch, NodeKey, Phase};
 
 /// Bytes of a reply that is not streamed.
 const MAX_REPLY: usize = 64 << 20;
+/// Bytes of what a node says of itself.
+const MAX_FIGURES: usize = 8 << 20;
 /// How much of a node's error text is quoted.
 const EXCERPT: usize = 300;
 const API_KEY: header::HeaderName = header::HeaderName::from_static("x-api-key");
@@ -298,7 +300,7 @@ impl Client {
             body: Bytes::new(),
         };
         let (head, body) = self.pool.send(node, request).await?;
-        let body = read_whole(body).await?;
+        let body = read_whole(body, MAX_FIGURES).await?;
         if head.status != StatusCode::OK {
             return Err(LegError::Status {
                 status: head.status,
@@ -354,7 +356,7 @@ async fn read_reply(head: ReplyHead, body: NodeBody, last: Last) -> Result<Reply
             }
         };
     }
-    let body = read_whole(body).await?;
+    let body = read_whole(body, MAX_REPLY).await?;
     if status.is_server_error() {
         return Err(LegError::Status {
             status,
@@ -368,12 +370,12 @@ async fn read_reply(head: ReplyHead, body: NodeBody, last: Last) -> Result<Reply
     }))
 }
 
-async fn read_whole(body: NodeBody) -> Result<Bytes, LegError> {
-    match Limited::new(body, MAX_REPLY).collect().await {
+async fn read_whole(body: NodeBody, limit: usize) -> Result<Bytes, LegError> {
+    match Limited::new(body, limit).collect().await {
         Ok(body) => Ok(body.to_bytes()),
         Err(error) => Err(match error.downcast::<Broken>() {
             Ok(error) => LegError::Transport(*error),
-            Err(_) => LegError::TooLarge { limit: MAX_REPLY },
+            Err(_) => LegError::TooLarge { limit },
         }),
     }
 }
