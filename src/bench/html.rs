@@ -12,7 +12,7 @@ h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}.wide{overflow-x:auto}\
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}\
 th,td{padding:.3rem .8rem;text-align:right;border-bottom:1px solid var(--line)}\
 th:first-child,td:first-child{text-align:left}\
-.dim{color:var(--dim)}.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(18rem,1fr));gap:1.5rem}\
+.dim{color:var(--dim)}.plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(20rem,1fr));gap:1.5rem}\
 figure{margin:0;min-width:0}figcaption{font-weight:600}svg{width:100%;height:auto}\
 svg text{fill:var(--dim);font-size:11px}svg .grid{stroke:var(--line)}\
 svg .curve{stroke:var(--a);fill:none;stroke-width:2}svg .dot{fill:var(--a);fill-opacity:.5}";

@@ -1,6 +1,7 @@
 """Processes, shared memory and ports, as the operating system shows them."""
 
 import os
+import random
 import socket
 import threading
 import time
@@ -33,8 +34,14 @@ def later(seconds: float, act: Callable[[], object]) -> Iterator[None]:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """One that no connection takes for its own end before it is used: Linux gives those from 32768 up."""
+    for port in random.sample(range(20_000, 32_768), 100):
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        return port
+    raise OSError("no free port from 20000 to 32767")
 
 
 def _stat(pid: int) -> list[str]:
