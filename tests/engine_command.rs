@@ -46,11 +46,30 @@ impl Process {
     }
 }
 
+/// The processes of a group.
+fn group(id: i32) -> Vec<i32> {
+    let entries = std::fs::read_dir("/proc").unwrap();
+    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    let group = |pid: &i32| nix::unistd::getpgid(Some(Pid::from_raw(*pid)));
+    pids.filter(|pid| group(pid) == Ok(Pid::from_raw(id)))
+        .collect()
+}
+
 impl Drop for Process {
     fn drop(&mut self) {
-        // The fake nodes lead a group each.
+        // The fake nodes lead a group each, and leave their shared memory behind when they are killed.
         if let Ok(id) = i32::try_from(self.0.id()) {
+            let members = group(id);
             let _ = nix::sys::signal::killpg(Pid::from_raw(id), Signal::SIGKILL);
+            for pid in members {
+                let names = [
+                    format!("psm_fake_{pid}"),
+                    format!("vllm_dist_fake_{pid}-cpushm"),
+                ];
+                for name in names {
+                    let _ = std::fs::remove_file(Path::new("/dev/shm").join(name));
+                }
+            }
         }
         let _ = self.0.kill();
         let _ = self.0.wait();
