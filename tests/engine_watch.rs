@@ -9,11 +9,14 @@
 mod support_engine;
 
 use std::io::{ErrorKind, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pegaflow::engine::Engine;
 use pegaflow::engine::protocol::{
-    ClientMessage as M, HandoffName, SessionKind, VERSION, Watch, encode_frame,
+    ClientMessage as M, HandoffName, ServerMessage, SessionKind, VERSION, Watch, Watching,
+    encode_frame,
 };
 use pegaflow::engine::remote::{RemoteEngine, follow};
 use pegaflow::handoff::{
@@ -245,4 +248,32 @@ async fn what_a_router_may_not_say_closes_its_connection_and_harms_nobody() {
     let mut nodes_word = fixture.join("p2", SessionKind::Scheduler);
     nodes_word.send(&M::Await(name(10))).unwrap();
     assert!(is_closed(&mut nodes_word));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_hangs_up_again_and_again_is_tried_less_and_less_often() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket_path = dir.path().join("s");
+    let listener = UnixListener::bind(&socket_path).unwrap();
+    let tries = Arc::new(AtomicUsize::new(0));
+    let count = tries.clone();
+    std::thread::spawn(move || {
+        let watching = ServerMessage::Watching(Watching { version: VERSION });
+        let answer = encode_frame(&watching).unwrap();
+        while let Ok((mut stream, _)) = listener.accept() {
+            count.fetch_add(1, Ordering::SeqCst);
+            let mut hello = [0; 4];
+            let _ = stream.read_exact(&mut hello);
+            let _ = stream.write_all(&answer);
+        }
+    });
+    let engine = RemoteEngine {
+        socket_path,
+        token: "secret".to_owned(),
+    };
+    let following = follow(engine, HandoffBoard::default(), Gauge::default());
+    let _ = tokio::time::timeout(std::time::Duration::from_secs(3), following).await;
+    // After 0.1, 0.2, 0.4, 0.8, 1.6 s, each a fifth more or less; not every 0.1 s.
+    let tries = tries.load(Ordering::SeqCst);
+    assert!((2..=7).contains(&tries), "{tries}");
 }

@@ -20,7 +20,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use tokio::io::{AsyncRead, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::frames::{SessionError, read_message, write};
 use super::protocol::{
@@ -35,6 +35,8 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 const TAKEN_WITHIN: Duration = Duration::from_secs(5);
 /// The first pause before another try; it doubles up to the last.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// A connection that lasted so long was a good one: after it the pauses begin anew.
+const STEADY: Duration = Duration::from_secs(5);
 /// Changes that may be untold.
 const MOST_UNTOLD: usize = 65_536;
 /// Changes in one write.
@@ -76,12 +78,16 @@ pub async fn follow(engine: RemoteEngine, board: HandoffBoard, connected: Gauge)
         let error = match connect(&engine).await {
             Ok(stream) => {
                 tracing::info!("connected to the store at {}", engine.socket_path.display());
-                (pause, told) = (first, String::new());
+                told.clear();
+                let since = Instant::now();
                 let changes = board.follow(MOST_UNTOLD);
                 connected.set(1);
                 let ended = converse(stream, &board, changes).await;
                 board.fail_all(HandoffFailure::EngineDown);
                 connected.set(0);
+                if since.elapsed() >= STEADY {
+                    pause = first;
+                }
                 ended
             }
             Err(error) => error,

@@ -129,7 +129,14 @@ mod tests {
         timing.spawning(at(0));
         timing.spawned(at(1));
         timing.entered(&Phase::Ready, at(9));
-        assert!(!shown(&registry).contains("stage="), "a first start");
+        let first_start = shown(&registry);
+        let counts = first_start.lines().filter(|line| line.contains("_count{"));
+        let counts: Vec<_> = counts.collect();
+        let is_zero = |line: &&str| line.ends_with(" 0");
+        assert!(
+            counts.len() == 4 && counts.iter().all(is_zero),
+            "{counts:?}"
+        );
         let delay = Duration::from_secs(5);
         timing.entered(&Phase::Backoff { delay }, at(10));
         timing.spawning(at(17));
