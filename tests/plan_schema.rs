@@ -34,6 +34,7 @@ fn shown() -> BTreeMap<String, String> {
     let mut shown = BTreeMap::new();
     for (dir, extension) in [
         ("configs", "toml"),
+        ("examples", "toml"),
         ("docs", "md"),
         ("examples", "md"),
         (".", "md"),

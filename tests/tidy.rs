@@ -206,10 +206,12 @@ fn every_unsafe_block_says_why_it_is_sound() {
 
 #[test]
 fn every_shipped_topology_loads() {
-    let configs = files("configs", "toml");
-    assert!(!configs.is_empty(), "configs/ holds no topology");
-    for file in configs.keys() {
-        let loaded = Topology::load(&root().join(file));
-        assert!(loaded.is_ok(), "{}", loaded.unwrap_err());
+    for dir in ["configs", "examples"] {
+        let topologies = files(dir, "toml");
+        assert!(!topologies.is_empty(), "{dir} holds no topology");
+        for file in topologies.keys() {
+            let loaded = Topology::load(&root().join(file));
+            assert!(loaded.is_ok(), "{}", loaded.unwrap_err());
+        }
     }
 }
