@@ -62,7 +62,8 @@ pub fn driver(host: &HostSnapshot, wanted: Wanted) -> Finding {
     let remedy = remedy.to_owned();
     let status = match wanted.device {
         Some(Device::Cuda) => Failed(remedy),
-        Some(Device::Cpu) | None => NotChecked(remedy),
+        Some(Device::Cpu) => NotChecked("nothing: this topology uses no GPU".to_owned()),
+        None => NotChecked(remedy),
     };
     Finding::new("driver", status, what)
 }

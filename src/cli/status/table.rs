@@ -54,11 +54,11 @@ pub fn render(status: &Status, layout: Layout) -> String {
             let _ = write!(line, "{styled}");
         }
         let _ = writeln!(text, "{}", line.trim_end());
-        if let Some(reason) = node.and_then(|node| node.reason.as_deref()) {
+        if let Some(reason) = node.and_then(reason) {
             let width = layout
                 .width
                 .map(|width| width.saturating_sub(REASON_INDENT));
-            for line in wrap(reason, width) {
+            for line in wrap(&reason, width) {
                 let _ = writeln!(text, "{:REASON_INDENT$}{line}", "");
             }
         }
@@ -70,6 +70,15 @@ pub fn render(status: &Status, layout: Layout) -> String {
         let _ = writeln!(text, "{}", self::gpu(gpu));
     }
     text
+}
+
+/// Of a node that serves it is an old story.
+fn reason(node: &NodeStatus) -> Option<String> {
+    let reason = node.reason.as_deref()?;
+    Some(match node.phase.as_str() {
+        "ready" | "draining" => format!("was started again because: {reason}"),
+        _ => reason.to_owned(),
+    })
 }
 
 /// What the driver does not tell is left out.
@@ -100,7 +109,10 @@ fn gpu(gpu: &GpuFigures) -> String {
 fn head(status: &Status, layout: Layout) -> String {
     let state = state_style(status.state, layout).apply_to(status.state.label());
     let up = duration(status.uptime_seconds);
-    let mut text = format!("{}  {state}  up {up}  pid {}\n", status.name, status.pid);
+    let mut text = format!(
+        "{}  {state}  up {up}  pegaflow's pid {}\n",
+        status.name, status.pid
+    );
     if status.state == State::Preparing {
         text += "installs the runtime or fetches the model; no node runs yet\n";
     }
@@ -284,7 +296,7 @@ mod tests {
         let nodes = vec![node("d", "crash_loop", Some("killed by SIGKILL"))];
         let text = render(&status(nodes), PLAIN);
         let expected = "\
-llama  degraded  up 1m 30s  pid 4711
+llama  degraded  up 1m 30s  pegaflow's pid 4711
 http://127.0.0.1:8000/v1  model tiny
 logs /logs
 
@@ -293,6 +305,10 @@ d     decode  crash_loop  2h 05m  3         CPU 0-3,8,10-11  40123  12
     killed by SIGKILL
 ";
         assert_eq!(text, expected);
+        let back = node("d", "ready", Some("killed by SIGKILL"));
+        let text = render(&status(vec![back]), PLAIN);
+        let told = "\n    was started again because: killed by SIGKILL\n";
+        assert!(text.ends_with(told), "{text}");
         let colour = Layout {
             colour: true,
             ..PLAIN
