@@ -39,4 +39,4 @@ fuzz seconds="300":
 
 # The pure parts of the store under Miri (needs a nightly toolchain with the miri component).
 miri:
-    PROPTEST_CASES=4 MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --lib -- engine::index engine::handoffs engine::store engine::protocol
+    PROPTEST_CASES=4 MIRIFLAGS=-Zmiri-disable-isolation cargo +nightly miri test --lib -- engine::index engine::handoffs engine::store engine::protocol --skip cost --skip traces

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Checks the files here, and the figures of a running pegaflow if one is given, with promtool (Debian: `prometheus`).
-#   bash examples/grafana/check.sh [http://127.0.0.1:8000]
+# Checks the files here with promtool (Debian: `prometheus`).
 set -euo pipefail
 cd "$(dirname "$0")"
 promtool check config prometheus.yml
@@ -17,6 +16,3 @@ for panel in json.load(open("dashboard.json"))["panels"]:
         print(f"      - record: panel:{panel['id']}:{number}\n        expr: {json.dumps(expr)}")
 PY
 promtool check rules "$rules"
-if [ $# -gt 0 ]; then
-    curl -fsS "$1/metrics" | promtool check metrics
-fi
