@@ -37,6 +37,8 @@ struct Fake {
     is_flaky: bool,
     /// Ends no stream.
     hangs: bool,
+    /// Says more than it was asked for, without an end and without a pause.
+    floods: bool,
     bodies: Mutex<Vec<Value>>,
     keys: Mutex<Vec<String>>,
     under_way: AtomicUsize,
@@ -109,8 +111,10 @@ async fn answer(State(fake): State<Arc<Fake>>, headers: HeaderMap, body: Bytes) 
         async move {
             let event = |event: Value| format!("data: {event}\n\n");
             let text = match sent {
-                _ if sent < total => {
-                    tokio::time::sleep(if sent == 0 { TTFT } else { ITL }).await;
+                _ if sent < total || fake.floods => {
+                    if !fake.floods {
+                        tokio::time::sleep(if sent == 0 { TTFT } else { ITL }).await;
+                    }
                     if sent > 0 {
                         fake.gaps
                             .lock()
@@ -339,6 +343,19 @@ async fn what_fails_is_counted_by_reason_and_a_key_is_sent_and_not_shown() {
     assert_eq!(
         (output.status.code(), &report["failed"]),
         (Some(1), &json!({"timeout": 3}))
+    );
+
+    let flooding = Fake {
+        floods: true,
+        ..Fake::default()
+    };
+    let (addr, _) = flooding.start().await;
+    let output = self::output(command(addr, &["-n", "2", "--output", "2", "--json"])).await;
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let failed = json!({"more text than asked for": 2});
+    assert_eq!(
+        (output.status.code(), &report["failed"]),
+        (Some(1), &failed)
     );
 }
 

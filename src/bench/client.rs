@@ -53,10 +53,35 @@ pub enum BenchError {
         status: u16,
         said: String,
     },
+    #[error("{url} answered with more than {MAX_EVENT} bytes")]
+    TooLong { url: String },
     #[error("{url} serves no model; name one with --model")]
     NoModel { url: String },
     #[error("the API key cannot be sent: it has characters that no header may have")]
     Key,
+}
+
+/// Why one request failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Failure {
+    #[error("cannot connect")]
+    Connect,
+    #[error("connection broke")]
+    Broke,
+    #[error("status {0}")]
+    Status(u16),
+    #[error("event is no JSON")]
+    NoJson,
+    #[error("error event")]
+    ErrorEvent,
+    #[error("event too long")]
+    EventTooLong,
+    #[error("more text than asked for")]
+    TooMuch,
+    #[error("stream ended early")]
+    EndedEarly,
+    #[error("timeout")]
+    Timeout,
 }
 
 /// What came of one request.
@@ -72,7 +97,7 @@ pub(super) struct Sample {
     pub(super) input: u64,
     pub(super) output: u64,
     /// Why it failed.
-    pub(super) failure: Option<String>,
+    pub(super) failure: Option<Failure>,
 }
 
 #[derive(Deserialize)]
@@ -174,14 +199,22 @@ impl Endpoint {
             url: self.url.clone(),
             source,
         };
-        let response = self
+        let mut response = self
             .authorized(request)
             .timeout(self.limit)
             .send()
             .await
             .map_err(failed)?;
         let status = response.status();
-        let body = response.bytes().await.map_err(failed)?;
+        let mut body = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(failed)? {
+            body.extend_from_slice(&chunk);
+            if body.len() > MAX_EVENT {
+                return Err(BenchError::TooLong {
+                    url: self.url.clone(),
+                });
+            }
+        }
         if !status.is_success() {
             return Err(BenchError::Refused {
                 url: self.url.clone(),
@@ -256,39 +289,34 @@ impl Endpoint {
         let request = self.authorized(self.post(&self.body(&ask.prompt, ask.output, true)));
         let mut sample = Sample::default();
         let begun = Instant::now();
-        let ended = timeout(self.limit, follow(request, begun, &mut sample)).await;
+        // A piece has a token at least, but for a few.
+        let most = ask.output as usize * 2 + 1_000;
+        let ended = timeout(self.limit, follow(request, begun, most, &mut sample)).await;
         sample.total = begun.elapsed();
-        sample.failure = match ended {
-            Ok(Ok(())) => None,
-            Ok(Err(why)) => Some(why),
-            Err(_) => Some("timeout".to_owned()),
-        };
+        sample.failure = ended.unwrap_or(Err(Failure::Timeout)).err();
         sample
     }
 }
 
-/// Reads the stream to its end. The error is a short reason.
+/// Reads the stream to its end. `most`: pieces of text.
 async fn follow(
     request: reqwest::RequestBuilder,
     begun: Instant,
+    most: usize,
     sample: &mut Sample,
-) -> Result<(), String> {
-    let mut response = request.send().await.map_err(|error| {
-        let why = if error.is_connect() {
-            "cannot connect"
-        } else {
-            "connection broke"
-        };
-        why.to_owned()
+) -> Result<(), Failure> {
+    let sent = request.send().await;
+    let mut response = sent.map_err(|error| match error.is_connect() {
+        true => Failure::Connect,
+        false => Failure::Broke,
     })?;
     let status = response.status();
     if !status.is_success() {
-        return Err(format!("status {}", status.as_u16()));
+        return Err(Failure::Status(status.as_u16()));
     }
     let mut waiting = BytesMut::new();
     let mut is_done = false;
-    let broke = |_| "connection broke".to_owned();
-    while let Some(chunk) = response.chunk().await.map_err(broke)? {
+    while let Some(chunk) = response.chunk().await.map_err(|_| Failure::Broke)? {
         let now = begun.elapsed();
         waiting.extend_from_slice(&chunk);
         while let Some(line) = take_line(&mut waiting) {
@@ -300,12 +328,14 @@ async fn follow(
                 is_done = true;
                 continue;
             }
-            let event: Event =
-                serde_json::from_slice(data).map_err(|_| "event is no JSON".to_owned())?;
+            let event: Event = serde_json::from_slice(data).map_err(|_| Failure::NoJson)?;
             if event.error.is_some() {
-                return Err("error event".to_owned());
+                return Err(Failure::ErrorEvent);
             }
             if event.choices.iter().any(Choice::says_something) {
+                if sample.pieces.len() >= most {
+                    return Err(Failure::TooMuch);
+                }
                 sample.pieces.push(now);
             }
             if let Some(usage) = event.usage {
@@ -313,11 +343,11 @@ async fn follow(
             }
         }
         if waiting.len() > MAX_EVENT {
-            return Err("event too long".to_owned());
+            return Err(Failure::EventTooLong);
         }
     }
     if !is_done {
-        return Err("stream ended early".to_owned());
+        return Err(Failure::EndedEarly);
     }
     if sample.output == 0 {
         sample.output = sample.pieces.len() as u64;

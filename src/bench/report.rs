@@ -202,8 +202,8 @@ impl Report {
             .filter(|sample| sample.failure.is_none())
             .collect();
         let mut failed = BTreeMap::new();
-        for why in samples.iter().filter_map(|sample| sample.failure.clone()) {
-            *failed.entry(why).or_default() += 1;
+        for why in samples.iter().filter_map(|sample| sample.failure) {
+            *failed.entry(why.to_string()).or_default() += 1;
         }
         let lost = load.requests.saturating_sub(samples.len());
         if lost > 0 {
@@ -317,6 +317,7 @@ impl fmt::Display for Report {
 
 #[cfg(test)]
 mod tests {
+    use super::super::client::Failure;
     use super::*;
 
     fn millis(times: &[u64]) -> Vec<Duration> {
@@ -351,7 +352,7 @@ mod tests {
             failure: None,
         };
         let bad = Sample {
-            failure: Some("status 503".to_owned()),
+            failure: Some(Failure::Status(503)),
             ..good.clone()
         };
         let load = Load {

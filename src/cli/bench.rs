@@ -150,7 +150,7 @@ fn exit(error: BenchError) -> Exit {
     match error {
         BenchError::Unreachable { .. } => Exit::NotRunning(error.into()),
         BenchError::Key | BenchError::NoModel { .. } => Exit::Usage(error.into()),
-        BenchError::Refused { .. } => Exit::Failed(error.into()),
+        BenchError::Refused { .. } | BenchError::TooLong { .. } => Exit::Failed(error.into()),
     }
 }
 
