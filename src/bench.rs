@@ -13,8 +13,11 @@
 
 mod ask;
 mod client;
+mod compare;
 mod html;
 mod lengths;
+mod plot;
+mod queue;
 mod report;
 mod slo;
 
@@ -28,6 +31,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use ask::{Load, Pace};
 pub use client::{Api, BenchError, Endpoint};
+pub use compare::{Capacity, Compared, Comparison, Row};
 pub use lengths::{Lengths, LengthsError};
 pub use report::{Report, Stats};
 pub use slo::{Slo, SloError};

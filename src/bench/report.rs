@@ -19,6 +19,7 @@ use serde::Serialize;
 use super::ask::{Load, Pace};
 use super::client::Sample;
 use super::html;
+use super::queue;
 use super::slo::Slo;
 
 /// In milliseconds. All 0 where nothing was measured.
@@ -154,6 +155,8 @@ pub struct Report {
     pub tpot: Stats,
     pub itl: Stats,
     pub e2e: Stats,
+    /// How many requests were under way, on average, in each quarter of the time in which they were sent.
+    pub under_way: [f64; 4],
     /// Answers that kept the limits, a second.
     pub goodput: Option<Goodput>,
     #[serde(skip)]
@@ -231,6 +234,7 @@ impl Report {
             tpot: Stats::of(good.iter().filter_map(|sample| sample.tpot())),
             itl: Stats::of(good.iter().flat_map(|sample| sample.gaps())),
             e2e: Stats::of(good.iter().filter_map(|sample| sample.e2e())),
+            under_way: queue::under_way(samples),
             goodput: slo.map(|slo| Goodput {
                 slo: *slo,
                 good: kept(slo),

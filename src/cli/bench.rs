@@ -1,11 +1,15 @@
 //! `pegaflow bench [URL]`: a load on any OpenAI endpoint, and what it felt like.
 
+mod compare;
+
+use std::fmt::Display;
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::anyhow;
-use clap::Args;
+use clap::{Args, Subcommand};
+use serde::Serialize;
 
 use super::client::print;
 use super::{Exit, Seat};
@@ -18,16 +22,31 @@ const KEY: &str = "OPENAI_API_KEY";
 const MOST_CLIENTS: usize = 4096;
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct BenchArgs {
+    #[command(subcommand)]
+    command: Option<Kind>,
+    #[command(flatten)]
+    one: OneArgs,
+    /// How log lines look on stderr
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Human, env = "PEGAFLOW_LOG_FORMAT")]
+    pub log_format: LogFormat,
+}
+
+#[derive(Debug, Subcommand)]
+enum Kind {
+    /// Start two topologies on this machine in turn, give both the same loads, and print how they compare
+    Compare(Box<compare::CompareArgs>),
+}
+
+#[derive(Debug, Args)]
+struct OneArgs {
     /// Where the OpenAI API is, without /v1. A key for it is taken from OPENAI_API_KEY
     #[arg(default_value = "http://127.0.0.1:8000")]
     url: String,
     /// What to write in `model`; the first that the endpoint names
     #[arg(long)]
     model: Option<String>,
-    /// Which endpoint
-    #[arg(long, value_enum, default_value_t = Api::Completions)]
-    api: Api,
     /// How many requests
     #[arg(long, short = 'n', default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=bench::MOST as i64))]
     requests: u32,
@@ -37,6 +56,18 @@ pub struct BenchArgs {
     /// Send as many at a time: each client waits for its answer before it asks again. 8 where there is no --rate
     #[arg(long, short = 'c', value_name = "CLIENTS")]
     concurrency: Option<usize>,
+    #[command(flatten)]
+    shape: ShapeArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+/// What requests look like.
+#[derive(Debug, Args)]
+struct ShapeArgs {
+    /// Which endpoint
+    #[arg(long, value_enum, default_value_t = Api::Completions)]
+    api: Api,
     /// Tokens of a prompt: 512, or evenly between two: 100-900
     #[arg(long, default_value = "512", value_name = "TOKENS")]
     input: Lengths,
@@ -61,6 +92,11 @@ pub struct BenchArgs {
     /// Let the model end answers early. Without this `ignore_eos` is sent, which vLLM knows and others may refuse
     #[arg(long)]
     allow_early_end: bool,
+}
+
+/// Where the report goes.
+#[derive(Debug, Args)]
+struct OutputArgs {
     /// Print the report as JSON
     #[arg(long)]
     json: bool,
@@ -70,25 +106,10 @@ pub struct BenchArgs {
     /// Write the report as one HTML page with plots to this file as well
     #[arg(long, value_name = "FILE")]
     html: Option<PathBuf>,
-    /// How log lines look on stderr
-    #[arg(long, value_enum, default_value_t = LogFormat::Human, env = "PEGAFLOW_LOG_FORMAT")]
-    pub log_format: LogFormat,
 }
 
-impl BenchArgs {
-    fn load(&self) -> Result<Load, Exit> {
-        let usage = |text: String| Exit::Usage(anyhow!(text));
-        let pace = match (self.rate, self.concurrency.unwrap_or(8)) {
-            (Some(rate), _) if rate > 0.0 => Pace::Open { per_second: rate },
-            (Some(rate), _) => return Err(usage(format!("--rate {rate}: it has to be above 0"))),
-            (None, clients @ 1..=MOST_CLIENTS) => Pace::Closed { clients },
-            (None, clients) => {
-                let range = format!("from 1 to {MOST_CLIENTS}");
-                return Err(usage(format!(
-                    "--concurrency {clients}: it has to be {range}"
-                )));
-            }
-        };
+impl ShapeArgs {
+    fn load(&self, requests: usize, pace: Pace) -> Result<Load, Exit> {
         if self.shared_prefix > 0 && self.shared_prefix >= self.input.least() {
             let (shared, input) = (self.shared_prefix, self.input);
             return Err(usage(format!(
@@ -96,7 +117,7 @@ impl BenchArgs {
             )));
         }
         Ok(Load {
-            requests: self.requests as usize,
+            requests,
             pace,
             input: self.input,
             output: self.output,
@@ -105,20 +126,76 @@ impl BenchArgs {
             seed: self.seed,
         })
     }
+
+    async fn endpoint(&self, url: &str, model: Option<&str>) -> Result<Endpoint, Exit> {
+        let key = std::env::var(KEY).ok().filter(|key| !key.is_empty());
+        let model = model.map(str::to_owned);
+        let found = Endpoint::find(url, key.as_deref(), model, self.api, self.timeout).await;
+        let mut endpoint = found.map_err(exit)?;
+        endpoint.ignore_eos = !self.allow_early_end;
+        Ok(endpoint)
+    }
+}
+
+impl OneArgs {
+    fn load(&self) -> Result<Load, Exit> {
+        let pace = match (self.rate, self.concurrency.unwrap_or(8)) {
+            (Some(rate), _) => open(rate)?,
+            (None, clients @ 1..=MOST_CLIENTS) => Pace::Closed { clients },
+            (None, clients) => {
+                let range = format!("from 1 to {MOST_CLIENTS}");
+                return Err(usage(format!(
+                    "--concurrency {clients}: it has to be {range}"
+                )));
+            }
+        };
+        self.shape.load(self.requests as usize, pace)
+    }
+}
+
+fn open(rate: f64) -> Result<Pace, Exit> {
+    match rate > 0.0 {
+        true => Ok(Pace::Open { per_second: rate }),
+        false => Err(usage(format!("--rate {rate}: it has to be above 0"))),
+    }
+}
+
+fn usage(text: String) -> Exit {
+    Exit::Usage(anyhow!(text))
 }
 
 pub async fn bench(seat: Seat, args: BenchArgs) -> Result<(), Exit> {
+    match args.command {
+        Some(Kind::Compare(args)) => compare::compare(seat, *args).await,
+        None => one(seat, args.one).await,
+    }
+}
+
+async fn one(seat: Seat, args: OneArgs) -> Result<(), Exit> {
     let load = args.load()?;
-    let key = std::env::var(KEY).ok().filter(|key| !key.is_empty());
     let stop = seat.shutdown.graceful().clone();
-    let model = args.model.clone();
-    let found = Endpoint::find(&args.url, key.as_deref(), model, args.api, args.timeout);
+    let found = args.shape.endpoint(&args.url, args.model.as_deref());
     let Some(endpoint) = stop.run_until_cancelled(found).await else {
         return Err(Exit::Interrupted);
     };
-    let mut endpoint = endpoint.map_err(exit)?;
-    endpoint.ignore_eos = !args.allow_early_end;
+    let endpoint = endpoint?;
     tracing::info!("{load}; model {} at {}", endpoint.model, args.url);
+    let report = run(&seat, &endpoint, &load, args.shape.slo.as_ref()).await?;
+    args.output.write(&report, &report.html())?;
+    match (report.interrupted, report.ok) {
+        (true, _) => Err(Exit::Interrupted),
+        (_, 0) => Err(Exit::Failed(anyhow!("no request was answered"))),
+        _ => Ok(()),
+    }
+}
+
+/// One load on one endpoint; a person at a terminal sees how far it is.
+async fn run(
+    seat: &Seat,
+    endpoint: &Endpoint,
+    load: &Load,
+    slo: Option<&Slo>,
+) -> Result<Report, Exit> {
     let is_watched = std::io::stderr().is_terminal();
     let shown = is_watched.then(|| seat.console.progress("requests"));
     let requests = load.requests;
@@ -127,22 +204,22 @@ pub async fn bench(seat: Seat, args: BenchArgs) -> Result<(), Exit> {
             shown.set_message(&format!("{done} of {requests}"));
         }
     };
-    let report = bench::run(&endpoint, &load, args.slo.as_ref(), &stop, told).await;
-    let report = report.map_err(exit)?;
-    if let Some(file) = &args.output_json {
-        write(file, &json(&report)?)?;
-    }
-    if let Some(file) = &args.html {
-        write(file, &report.html())?;
-    }
-    match args.json {
-        true => print(json(&report)?)?,
-        false => print(report.to_string())?,
-    }
-    match (report.interrupted, report.ok) {
-        (true, _) => Err(Exit::Interrupted),
-        (_, 0) => Err(Exit::Failed(anyhow!("no request was answered"))),
-        _ => Ok(()),
+    let report = bench::run(endpoint, load, slo, seat.shutdown.graceful(), told).await;
+    report.map_err(exit)
+}
+
+impl OutputArgs {
+    fn write<R: Serialize + Display>(&self, report: &R, page: &str) -> Result<(), Exit> {
+        if let Some(file) = &self.output_json {
+            write(file, &json(report)?)?;
+        }
+        if let Some(file) = &self.html {
+            write(file, page)?;
+        }
+        match self.json {
+            true => print(json(report)?),
+            false => print(report.to_string()),
+        }
     }
 }
 
@@ -154,7 +231,7 @@ fn exit(error: BenchError) -> Exit {
     }
 }
 
-fn json(report: &Report) -> Result<String, Exit> {
+fn json<R: Serialize>(report: &R) -> Result<String, Exit> {
     let text = serde_json::to_string_pretty(report);
     text.map(|text| text + "\n")
         .map_err(|error| Exit::failed("cannot write the report as JSON", error))
