@@ -4,11 +4,11 @@
 //! seed ─▶ asks: prompt, length of the answer, when it is due
 //!            ├─ open:   sent when due, however many are under way
 //!            └─ closed: sent when one of so many clients is free
-//!                          └─▶ one streamed request ─▶ Sample: when its pieces came, or why it failed ─▶ Report
+//!                          └─▶ a conversation, turn by turn: one streamed request ─▶ Sample: when its pieces came, or why it failed ─▶ Report
 //! ```
 //!
 //! The same seed makes the same asks in the same order, so that two endpoints can be given the same load. Prompts are
-//! random words; how many tokens a word has with this model is asked before the load. What is reported of
+//! random words, or what a [`Trace`] recorded; how many tokens a word has with this model is asked before the load. What is reported of
 //! lengths is what the endpoint counted.
 
 mod ask;
@@ -20,13 +20,15 @@ mod plot;
 mod queue;
 mod report;
 mod slo;
+mod trace;
+mod words;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 pub use ask::{Load, Pace};
@@ -35,9 +37,10 @@ pub use compare::{Capacity, Compared, Comparison, Row};
 pub use lengths::{Lengths, LengthsError};
 pub use report::{Report, Stats};
 pub use slo::{Slo, SloError};
+pub use trace::{Trace, TraceError, Wanted};
 
 use ask::Asks;
-use client::Sample;
+use client::{Said, Sample};
 use report::Run;
 
 /// The most requests of one run.
@@ -72,10 +75,10 @@ pub async fn run(
     });
     let mut tasks = JoinSet::new();
     match load.pace {
-        Pace::Open { .. } => {
-            for number in 0..shared.asks.len() {
+        Pace::Open { .. } | Pace::Recorded { .. } => {
+            for number in 0..shared.asks.conversations() {
                 let shared = shared.clone();
-                tasks.spawn(async move { vec![shared.when_due(number).await] });
+                tasks.spawn(async move { shared.when_due(number).await });
             }
         }
         Pace::Closed { clients } => {
@@ -101,7 +104,7 @@ pub async fn run(
 struct Shared {
     endpoint: Endpoint,
     asks: Asks,
-    /// The next one of a closed load.
+    /// The next conversation of a closed load.
     next: AtomicUsize,
     done: AtomicUsize,
     begun: Instant,
@@ -109,28 +112,45 @@ struct Shared {
 }
 
 impl Shared {
-    async fn when_due(&self, number: usize) -> Sample {
-        sleep_until(self.begun + self.asks.due(number)).await;
-        self.send(number).await
+    async fn when_due(&self, conversation: usize) -> Vec<Sample> {
+        sleep_until(self.begun + self.asks.due(conversation)).await;
+        let mut samples = Vec::new();
+        self.talk(conversation, &mut samples).await;
+        samples
     }
 
     async fn one_after_the_other(&self) -> Vec<Sample> {
         let mut samples = Vec::new();
         loop {
             let number = self.next.fetch_add(1, Ordering::Relaxed);
-            if number >= self.asks.len() {
+            if number >= self.asks.conversations() {
                 return samples;
             }
-            samples.push(self.send(number).await);
+            self.talk(number, &mut samples).await;
         }
     }
 
-    async fn send(&self, number: usize) -> Sample {
-        let ask = self.asks.get(number);
-        let sent = self.begun.elapsed();
-        let mut sample = self.endpoint.sample(&ask).await;
-        sample.sent = sent;
-        (self.told)(self.done.fetch_add(1, Ordering::Relaxed) + 1);
-        sample
+    /// All turns of a conversation; after one that failed there is nothing to go on with.
+    async fn talk(&self, conversation: usize, samples: &mut Vec<Sample>) {
+        let mut said = Said::default();
+        for turn in 0.. {
+            let Some(ask) = self.asks.get(conversation, turn) else {
+                return;
+            };
+            if turn > 0 {
+                sleep(self.asks.think()).await;
+            }
+            said.ask(ask.prompt);
+            let sent = self.begun.elapsed();
+            let (mut sample, answer) = self.endpoint.sample(&said, ask.output).await;
+            sample.sent = sent;
+            let is_lost = sample.failure.is_some();
+            samples.push(sample);
+            (self.told)(self.done.fetch_add(1, Ordering::Relaxed) + 1);
+            if is_lost {
+                return;
+            }
+            said.hear(answer);
+        }
     }
 }

@@ -4,6 +4,7 @@
 mod bench;
 mod client;
 mod completions;
+mod dashboard;
 mod detach;
 mod doctor;
 mod engine;
@@ -82,6 +83,8 @@ enum Command {
     Doctor(doctor::DoctorArgs),
     /// Look at the KV store of a running `up`, or empty it.
     Kv(kv::KvArgs),
+    /// Print where the dashboard of a running `up` is: an address for a browser, with the key that it wants.
+    Dashboard(dashboard::DashboardArgs),
     /// Put a load on any OpenAI endpoint, and report TTFT, TPOT and ITL.
     Bench(Box<bench::BenchArgs>),
     /// Write a topology for this machine: its GPUs in pairs, or its CPUs.
@@ -137,6 +140,7 @@ pub fn main() -> ExitCode {
         Command::Undrain(args) => ended(converse(orders::undrain(args))),
         Command::Stop(args) => ended(converse(stop::stop(args))),
         Command::Down(args) => ended(converse(stop::down(args))),
+        Command::Dashboard(args) => ended(converse(dashboard::dashboard(args))),
         Command::Kv(args) => ended(converse(kv::kv(args))),
         Command::Plan(args) => ended(plan::plan(&args)),
         Command::Doctor(args) => ended(doctor::doctor(args)),

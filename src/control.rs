@@ -10,6 +10,7 @@
 //! | `GET /v1/status` | the instance and its nodes: see [`Status`] |
 //! | `GET /v1/logs`, `GET /v1/logs/NODE` | their last lines; `?lines=100&follow=true` |
 //! | `POST /v1/nodes/TARGET/restart`, `.../drain`, `.../undrain` | a node, or all of a role; `?force=true`, `?limit=30s` |
+//! | `GET /v1/dashboard` | the address of the dashboard, with its key |
 //! | `POST /v1/stop` | as Ctrl-C does; with `?force=true` as the second one does |
 //! | `GET /v1/fleet` | the nodes: role, phase, address, pid, why; the GPUs' figures |
 //! | `GET /v1/kv` | the store's figures |
@@ -77,6 +78,8 @@ pub struct ControlDeps {
     /// The first start has been settled.
     pub started: Arc<AtomicBool>,
     pub gpus: GpuWatch,
+    /// Where the dashboard is, with its key.
+    pub dashboard: Arc<str>,
     /// `None`: the topology shares no KV.
     pub engine: Option<Arc<Engine>>,
 }
@@ -151,6 +154,7 @@ fn routes(api: Api) -> Router {
         .route("/v1/nodes/{target}/restart", post(orders::restart))
         .route("/v1/nodes/{target}/drain", post(orders::drain))
         .route("/v1/nodes/{target}/undrain", post(orders::undrain))
+        .route("/v1/dashboard", get(dashboard))
         .route("/v1/stop", post(stop))
         .route("/v1/fleet", get(fleet))
         .route("/v1/kv", get(|state| kv(state, Engine::stats)))
@@ -163,7 +167,32 @@ fn routes(api: Api) -> Router {
         .with_state(api)
 }
 
+/// Logs, and commands for nodes, with paths that begin with `at`: for a listener of another kind, which has to see
+/// to it who may. Logs that are followed end with `end`.
+pub fn operations(at: &str, deps: &ControlDeps, end: CancellationToken) -> Router {
+    let api = Api {
+        deps: deps.clone(),
+        end,
+    };
+    let node = |verb| format!("{at}/nodes/{{target}}/{verb}");
+    Router::new()
+        .route(&format!("{at}/logs"), get(all_logs))
+        .route(&format!("{at}/logs/{{node}}"), get(node_logs))
+        .route(&node("restart"), post(orders::restart))
+        .route(&node("drain"), post(orders::drain))
+        .route(&node("undrain"), post(orders::undrain))
+        .with_state(api)
+}
+
 impl ControlDeps {
+    /// Everything at this moment.
+    pub fn status(&self) -> Status {
+        let (fleet, in_flight) = (self.fleet.now(), self.traffic.in_flight());
+        let mut status = Status::new(&self.about, self.state(), &fleet, &in_flight);
+        status.gpus = self.gpus.latest();
+        status
+    }
+
     fn state(&self) -> State {
         if self.shutdown.graceful().is_cancelled() {
             State::Stopping
@@ -176,12 +205,11 @@ impl ControlDeps {
 }
 
 async fn status(Shared(api): Shared<Api>) -> Response {
-    let deps = &api.deps;
-    let fleet = deps.fleet.now();
-    let in_flight = deps.traffic.in_flight();
-    let mut status = Status::new(&deps.about, deps.state(), &fleet, &in_flight);
-    status.gpus = deps.gpus.latest();
-    Json(status).into_response()
+    Json(api.deps.status()).into_response()
+}
+
+async fn dashboard(Shared(api): Shared<Api>) -> Response {
+    Json(json!({ "url": api.deps.dashboard })).into_response()
 }
 
 #[derive(Debug, Deserialize)]

@@ -174,6 +174,11 @@ impl Instance {
         &self.dir
     }
 
+    /// Private; survives the instance. Logs are below it.
+    pub fn state_dir(&self) -> &Path {
+        self.logs.parent().unwrap_or(&self.logs)
+    }
+
     /// Private; survives the instance.
     pub fn log_dir(&self) -> &Path {
         &self.logs

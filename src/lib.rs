@@ -29,11 +29,13 @@
 pub mod bench;
 pub mod cli;
 pub mod control;
+pub mod dashboard;
 pub mod engine;
 pub mod fleet;
 pub mod handoff;
 pub mod host;
 pub mod instance;
+pub mod live;
 pub mod model;
 pub mod notify;
 pub mod observe;

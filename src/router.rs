@@ -67,6 +67,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::fleet::{FleetWatch, NodeKey};
 use crate::handoff::HandoffBoard;
+use crate::live::Live;
 use crate::notify::Vitals;
 use crate::plan::RouterPlan;
 use crate::shutdown::Shutdown;
@@ -99,6 +100,10 @@ pub struct RouterDeps {
     pub registry: Arc<Registry>,
     /// Where the accept loop shows that it makes progress.
     pub vitals: Vitals,
+    /// What is told of each request, for who watches.
+    pub live: Live,
+    /// Served beside `/metrics`, for who runs the fleet: below `/dashboard`, with a key of its own.
+    pub dashboard: Option<axum::Router>,
 }
 
 /// Where the router is reached.
@@ -176,6 +181,8 @@ struct Context {
     board: HandoffBoard,
     metrics: RouterMetrics,
     registry: Arc<Registry>,
+    live: Live,
+    dashboard: Option<axum::Router>,
     traffic: Traffic,
     affinity: affinity::Affinity,
     breakers: breaker::Breakers,
@@ -212,6 +219,8 @@ impl Context {
             traffic: deps.traffic,
             metrics: deps.metrics,
             registry: deps.registry,
+            live: deps.live,
+            dashboard: deps.dashboard,
         }
     }
 }

@@ -16,18 +16,19 @@ use pegaflow::topology::Topology;
 /// Imports go from an earlier layer to a later one. Within a layer only where it is listed.
 const LAYERS: &[&[&str]] = &[
     &["main", "cli"],
-    &["control"],
+    &["control", "dashboard"],
     &["bench", "engine", "router", "supervise"],
     &["observe"],
     &["plan"],
     &["runtime", "model", "instance", "host", "topology"],
-    &["traffic"],
+    &["traffic", "live"],
     &["fleet", "handoff", "notify", "shutdown"],
 ];
 
 /// Within one layer.
 const SIDEWAYS: &[(&str, &str)] = &[
     ("main", "cli"),
+    ("dashboard", "control"),
     ("runtime", "topology"),
     ("model", "topology"),
     ("model", "runtime"),

@@ -1,83 +1,19 @@
 //! What is asked, made from a seed.
 
-use std::fmt::Write as _;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 
 use super::Lengths;
-
-/// Short words that most tokenizers have as one token each.
-const WORDS: [&str; 64] = [
-    "time",
-    "year",
-    "people",
-    "way",
-    "day",
-    "man",
-    "thing",
-    "woman",
-    "life",
-    "child",
-    "world",
-    "school",
-    "state",
-    "family",
-    "student",
-    "group",
-    "country",
-    "problem",
-    "hand",
-    "part",
-    "place",
-    "case",
-    "week",
-    "company",
-    "system",
-    "program",
-    "question",
-    "work",
-    "government",
-    "number",
-    "night",
-    "point",
-    "home",
-    "water",
-    "room",
-    "mother",
-    "area",
-    "money",
-    "story",
-    "fact",
-    "month",
-    "lot",
-    "right",
-    "study",
-    "book",
-    "eye",
-    "job",
-    "word",
-    "business",
-    "issue",
-    "side",
-    "kind",
-    "head",
-    "house",
-    "service",
-    "friend",
-    "father",
-    "power",
-    "hour",
-    "game",
-    "line",
-    "end",
-    "member",
-    "law",
-];
+use super::trace::{Prompt, Trace};
+use super::words::text;
 
 /// No tokenizer has several of these words in one token; an endpoint that counts so does not count.
 const LEAST_PER_WORD: f64 = 0.5;
+/// Of a block of a Mooncake trace.
+const BLOCK_TOKENS: f64 = 512.0;
 
 /// When requests are sent.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -86,6 +22,8 @@ pub enum Pace {
     Open { per_second: f64 },
     /// So many clients, each with one request at a time.
     Closed { clients: usize },
+    /// When the trace says, so many times as fast.
+    Recorded { speed: f64 },
 }
 
 /// What is asked of the endpoint.
@@ -100,10 +38,16 @@ pub struct Load {
     pub shared_prefix: u32,
     /// How many beginnings there are; prompts take turns.
     pub prefixes: usize,
+    /// Requests of a conversation: each has all that was said before it in its prompt.
+    pub turns: usize,
+    /// From an answer to the next question.
+    pub think: Duration,
+    /// What is asked instead of random words.
+    pub trace: Option<Arc<Trace>>,
     pub seed: u64,
 }
 
-/// One request.
+/// One request, without what was said before it.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Ask {
     pub(super) prompt: String,
@@ -117,7 +61,7 @@ pub(super) struct Ask {
 pub(super) struct Asks {
     load: Load,
     scale: Scale,
-    /// After the beginning of the load.
+    /// When each conversation begins, after the beginning of the load.
     due: Vec<Duration>,
 }
 
@@ -150,14 +94,16 @@ impl Asks {
     pub(super) fn new(load: &Load, scale: Scale) -> Self {
         let mut rng = load.rng(Stream::Times);
         let mut at = 0.0;
-        let due = (0..load.requests).map(|_| {
-            let due = Duration::try_from_secs_f64(at).unwrap_or_default();
-            if let Pace::Open { per_second } = load.pace {
+        let due = (0..load.conversations()).map(|number| match load.pace {
+            Pace::Closed { .. } => Duration::ZERO,
+            Pace::Recorded { speed } => load.recorded(number).div_f64(speed),
+            Pace::Open { per_second } => {
+                let due = Duration::try_from_secs_f64(at).unwrap_or_default();
                 // 1 - x is never 0.
                 let gap = -(1.0 - rng.random_range(0.0..1.0_f64)).ln();
-                at += gap / per_second;
+                at += gap * load.turns as f64 / per_second;
+                due
             }
-            due
         });
         Self {
             due: due.collect(),
@@ -166,30 +112,79 @@ impl Asks {
         }
     }
 
-    pub(super) fn len(&self) -> usize {
+    pub(super) fn conversations(&self) -> usize {
         self.due.len()
     }
 
-    pub(super) fn due(&self, number: usize) -> Duration {
-        self.due.get(number).copied().unwrap_or_default()
+    pub(super) fn due(&self, conversation: usize) -> Duration {
+        self.due.get(conversation).copied().unwrap_or_default()
     }
 
-    pub(super) fn get(&self, number: usize) -> Ask {
+    /// From an answer to the next question.
+    pub(super) fn think(&self) -> Duration {
+        self.load.think
+    }
+
+    /// `None`: nothing more is said.
+    pub(super) fn get(&self, conversation: usize, turn: usize) -> Option<Ask> {
+        match &self.load.trace {
+            Some(trace) => self.recorded(trace, conversation, turn),
+            None => self.random(conversation, turn),
+        }
+    }
+
+    fn recorded(&self, trace: &Trace, conversation: usize, turn: usize) -> Option<Ask> {
+        let recorded = trace.conversations.get(conversation)?.turns.get(turn)?;
+        let prompt = match &recorded.prompt {
+            Prompt::Text(said) => said.clone(),
+            Prompt::Tokens { count, blocks } => self.blocks(conversation, *count, blocks),
+        };
+        Some(Ask {
+            prompt,
+            output: recorded.output,
+        })
+    }
+
+    /// Blocks of the same number are the same words.
+    fn blocks(&self, conversation: usize, tokens: u32, blocks: &[u64]) -> String {
         let Self { load, scale, .. } = self;
+        let mut missing = scale.words(f64::from(tokens) - scale.fixed);
+        let of_block = scale.words(BLOCK_TOKENS);
+        let mut parts = Vec::new();
+        for block in blocks {
+            let words = missing.min(of_block);
+            missing -= words;
+            if words > 0 {
+                parts.push(text(&mut load.rng(Stream::Block(*block)), words));
+            }
+        }
+        if missing > 0 {
+            parts.push(text(&mut load.rng(Stream::Request(conversation)), missing));
+        }
+        parts.join(" ")
+    }
+
+    fn random(&self, conversation: usize, turn: usize) -> Option<Ask> {
+        let Self { load, scale, .. } = self;
+        let number = conversation * load.turns + turn;
+        if turn >= load.turns || number >= load.requests {
+            return None;
+        }
         let mut rng = load.rng(Stream::Request(number));
         let tokens = load.input.draw(&mut rng);
         let output = load.output.draw(&mut rng);
         let words = scale.words(f64::from(tokens) - scale.fixed);
-        if load.shared_prefix == 0 {
+        // Later turns begin with what was said before.
+        if load.shared_prefix == 0 || turn > 0 {
             let prompt = text(&mut rng, words);
-            return Ask { prompt, output };
+            return Some(Ask { prompt, output });
         }
         let shared_words = scale.words(f64::from(load.shared_prefix) - scale.fixed);
-        let turn = number % load.prefixes.max(1);
-        let shared = text(&mut load.rng(Stream::Prefix(turn)), shared_words);
+        let place = conversation % load.prefixes.max(1);
+        let shared = text(&mut load.rng(Stream::Prefix(place)), shared_words);
         let own = text(&mut rng, words.saturating_sub(shared_words).max(1));
         let prompt = format!("{shared} {own}");
-        Ask { prompt, output }
+        Some(Ask { prompt, output })
     }
 }
 
@@ -200,18 +195,33 @@ enum Stream {
     Probe,
     Prefix(usize),
     Request(usize),
+    Block(u64),
 }
 
 impl Load {
+    fn conversations(&self) -> usize {
+        match &self.trace {
+            Some(trace) => trace.conversations.len(),
+            None => self.requests.div_ceil(self.turns.max(1)),
+        }
+    }
+
+    fn recorded(&self, conversation: usize) -> Duration {
+        let trace = self.trace.as_ref();
+        let found = trace.and_then(|trace| trace.conversations.get(conversation));
+        found.map_or(Duration::ZERO, |found| found.at)
+    }
+
     fn rng(&self, stream: Stream) -> StdRng {
         let (kind, number) = match stream {
             Stream::Times => (0, 0),
             Stream::Probe => (1, 0),
-            Stream::Prefix(number) => (2, number),
-            Stream::Request(number) => (3, number),
+            Stream::Prefix(number) => (2, number as u64),
+            Stream::Request(number) => (3, number as u64),
+            Stream::Block(number) => (4, number),
         };
         let mut seed = [0; 32];
-        let parts = [self.seed, kind, number as u64];
+        let parts = [self.seed, kind, number];
         for (place, byte) in seed
             .iter_mut()
             .zip(parts.iter().flat_map(|part| part.to_le_bytes()))
@@ -225,18 +235,6 @@ impl Load {
     pub(super) fn probe(&self, words: usize) -> String {
         text(&mut self.rng(Stream::Probe), words)
     }
-}
-
-fn text(rng: &mut StdRng, words: usize) -> String {
-    let mut text = String::with_capacity(words * 6);
-    for number in 0..words {
-        let word = WORDS
-            .get(rng.random_range(0..WORDS.len()))
-            .unwrap_or(&"time");
-        let space = if number == 0 { "" } else { " " };
-        let _ = write!(text, "{space}{word}");
-    }
-    text
 }
 
 #[cfg(test)]
@@ -256,13 +254,18 @@ mod tests {
             output: "8".parse().unwrap(),
             shared_prefix: 0,
             prefixes: 1,
+            turns: 1,
+            think: Duration::ZERO,
+            trace: None,
             seed: 7,
         }
     }
 
     fn asks(load: &Load, scale: Scale) -> Vec<Ask> {
         let asks = Asks::new(load, scale);
-        (0..asks.len()).map(|number| asks.get(number)).collect()
+        (0..asks.conversations())
+            .map(|number| asks.get(number, 0).unwrap())
+            .collect()
     }
 
     fn due(load: &Load) -> Vec<f64> {

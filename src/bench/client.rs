@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use tokio::time::{Instant, timeout};
 
 use super::Load;
-use super::ask::{Ask, Scale};
+use super::ask::Scale;
 
 /// Words of the two prompts that are asked before the load.
 const PROBES: [usize; 2] = [32, 160];
@@ -131,6 +131,12 @@ struct Usage {
 }
 
 impl Choice {
+    /// What a next prompt repeats of it.
+    fn words(&self) -> Option<&str> {
+        let of_chat = || self.delta.as_ref()?.content.as_deref();
+        self.text.as_deref().or_else(of_chat)
+    }
+
     fn says_something(&self) -> bool {
         let has = |text: &Option<String>| text.as_ref().is_some_and(|text| !text.is_empty());
         has(&self.text)
@@ -140,6 +146,26 @@ impl Choice {
                     || has(&delta.reasoning_content)
                     || delta.tool_calls.is_some()
             })
+    }
+}
+
+/// A conversation so far: question, answer, question, ...
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct Said(Vec<String>);
+
+impl Said {
+    pub(super) fn ask(&mut self, question: String) {
+        self.0.push(question);
+    }
+
+    pub(super) fn hear(&mut self, answer: String) {
+        self.0.push(answer);
+    }
+
+    fn messages(&self) -> Value {
+        let roles = ["user", "assistant"].into_iter().cycle();
+        let message = |(content, role)| json!({"role": role, "content": content});
+        self.0.iter().zip(roles).map(message).collect()
     }
 }
 
@@ -236,7 +262,9 @@ impl Endpoint {
     pub(super) async fn scale(&self, load: &Load) -> Result<Scale, BenchError> {
         let mut found = Vec::new();
         for words in PROBES {
-            let body = self.body(&load.probe(words), 1, false);
+            let mut said = Said::default();
+            said.ask(load.probe(words));
+            let body = self.body(&said, 1, false);
             let answer = self.json(self.post(&body)).await?;
             let tokens = answer
                 .pointer("/usage/prompt_tokens")
@@ -254,7 +282,7 @@ impl Endpoint {
         }))
     }
 
-    fn body(&self, prompt: &str, output: u32, stream: bool) -> Value {
+    fn body(&self, said: &Said, output: u32, stream: bool) -> Value {
         let mut body = Map::new();
         let mut put = |key: &str, value: Value| drop(body.insert(key.to_owned(), value));
         put("model", self.model.as_str().into());
@@ -265,8 +293,8 @@ impl Endpoint {
             put("stream_options", json!({"include_usage": true}));
         }
         match self.api {
-            Api::Completions => put("prompt", prompt.into()),
-            Api::Chat => put("messages", json!([{"role": "user", "content": prompt}])),
+            Api::Completions => put("prompt", said.0.join(" ").into()),
+            Api::Chat => put("messages", said.messages()),
         }
         if self.ignore_eos {
             put("ignore_eos", true.into());
@@ -285,16 +313,18 @@ impl Endpoint {
             .body(body.to_string())
     }
 
-    pub(super) async fn sample(&self, ask: &Ask) -> Sample {
-        let request = self.authorized(self.post(&self.body(&ask.prompt, ask.output, true)));
-        let mut sample = Sample::default();
+    /// What came of it, and the answer.
+    pub(super) async fn sample(&self, said: &Said, output: u32) -> (Sample, String) {
+        let request = self.authorized(self.post(&self.body(said, output, true)));
+        let (mut sample, mut answer) = (Sample::default(), String::new());
         let begun = Instant::now();
         // A piece has a token at least, but for a few.
-        let most = ask.output as usize * 2 + 1_000;
-        let ended = timeout(self.limit, follow(request, begun, most, &mut sample)).await;
+        let most = output as usize * 2 + 1_000;
+        let reading = follow(request, begun, most, (&mut sample, &mut answer));
+        let ended = timeout(self.limit, reading).await;
         sample.total = begun.elapsed();
         sample.failure = ended.unwrap_or(Err(Failure::Timeout)).err();
-        sample
+        (sample, answer)
     }
 }
 
@@ -303,7 +333,7 @@ async fn follow(
     request: reqwest::RequestBuilder,
     begun: Instant,
     most: usize,
-    sample: &mut Sample,
+    (sample, answer): (&mut Sample, &mut String),
 ) -> Result<(), Failure> {
     let sent = request.send().await;
     let mut response = sent.map_err(|error| match error.is_connect() {
@@ -332,8 +362,9 @@ async fn follow(
             if event.error.is_some() {
                 return Err(Failure::ErrorEvent);
             }
+            answer.extend(event.choices.iter().filter_map(Choice::words));
             if event.choices.iter().any(Choice::says_something) {
-                if sample.pieces.len() >= most {
+                if sample.pieces.len() >= most || answer.len() > MAX_EVENT {
                     return Err(Failure::TooMuch);
                 }
                 sample.pieces.push(now);

@@ -246,20 +246,34 @@ impl Report {
 
 impl fmt::Display for Load {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (input, output) = (self.input, self.output);
-        write!(
-            f,
-            "{} requests, {input} tokens in, {output} out, ",
-            self.requests
-        )?;
+        match &self.trace {
+            Some(trace) => {
+                let (requests, name) = (self.requests, &trace.name);
+                write!(f, "{requests} requests of {name}, ")?;
+            }
+            None => {
+                let Self {
+                    requests,
+                    input,
+                    output,
+                    ..
+                } = self;
+                write!(f, "{requests} requests, {input} tokens in, {output} out, ")?;
+            }
+        }
         match self.pace {
             Pace::Open { per_second } if per_second.is_infinite() => f.write_str("all at once")?,
             Pace::Open { per_second } => write!(f, "Poisson arrivals at {per_second}/s")?,
             Pace::Closed { clients } => write!(f, "{clients} at a time")?,
+            Pace::Recorded { speed: 1.0 } => f.write_str("as recorded")?,
+            Pace::Recorded { speed } => write!(f, "as recorded, {speed} times as fast")?,
         }
         if self.shared_prefix > 0 {
             let (tokens, prefixes) = (self.shared_prefix, self.prefixes);
             write!(f, ", {tokens} tokens shared ({prefixes} beginnings)")?;
+        }
+        if self.turns > 1 {
+            write!(f, ", {} turns a conversation", self.turns)?;
         }
         Ok(())
     }
@@ -366,6 +380,9 @@ mod tests {
             output: "3".parse().unwrap(),
             shared_prefix: 0,
             prefixes: 1,
+            turns: 1,
+            think: Duration::ZERO,
+            trace: None,
             seed: 1,
         };
         let slo = "ttft=1s".parse().unwrap();

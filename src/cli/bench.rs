@@ -5,6 +5,7 @@ mod compare;
 use std::fmt::Display;
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::anyhow;
@@ -13,7 +14,9 @@ use serde::Serialize;
 
 use super::client::print;
 use super::{Exit, Seat};
-use crate::bench::{self, Api, BenchError, Endpoint, Lengths, Load, Pace, Report, Slo};
+use crate::bench::{
+    self, Api, BenchError, Endpoint, Lengths, Load, Pace, Report, Slo, Trace, Wanted,
+};
 use crate::observe::LogFormat;
 
 /// Where a key is looked for.
@@ -47,13 +50,14 @@ struct OneArgs {
     /// What to write in `model`; the first that the endpoint names
     #[arg(long)]
     model: Option<String>,
-    /// How many requests
-    #[arg(long, short = 'n', default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=bench::MOST as i64))]
-    requests: u32,
+    /// How many requests; without it 100, or all of a trace
+    #[arg(long, short = 'n', value_parser = clap::value_parser!(u32).range(1..=bench::MOST as i64))]
+    requests: Option<u32>,
     /// Send as many a second, at the random times of a Poisson process, however many are under way; `inf`: all at once
     #[arg(long, value_name = "PER_SECOND", conflicts_with = "concurrency")]
     rate: Option<f64>,
-    /// Send as many at a time: each client waits for its answer before it asks again. 8 where there is no --rate
+    /// Send as many at a time: each client waits for its answer before it asks again. 8 where there is no --rate, and
+    /// no trace that says when
     #[arg(long, short = 'c', value_name = "CLIENTS")]
     concurrency: Option<usize>,
     #[command(flatten)]
@@ -80,6 +84,26 @@ struct ShapeArgs {
     /// How many such beginnings there are
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     prefixes: u32,
+    /// How many requests make a conversation: each repeats what was said before it
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    turns: u32,
+    /// From an answer to the next question of its conversation
+    #[arg(long, default_value = "0s", value_name = "TIME", value_parser = humantime::parse_duration)]
+    think: Duration,
+    /// Ask what was recorded in this file: ShareGPT's JSON, Mooncake's JSON lines, or Azure's CSV
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["input", "output", "shared_prefix", "prefixes"])]
+    trace: Option<PathBuf>,
+    /// Of a trace, leave out what has more tokens, prompt and answer together
+    #[arg(
+        long,
+        default_value_t = 1_000_000,
+        value_name = "TOKENS",
+        requires = "trace"
+    )]
+    longest: u32,
+    /// Send what a trace tells the time of so many times as fast
+    #[arg(long, default_value_t = 1.0, value_name = "TIMES", requires = "trace")]
+    speed: f64,
     /// The same seed makes the same requests at the same times
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -109,7 +133,38 @@ struct OutputArgs {
 }
 
 impl ShapeArgs {
-    fn load(&self, requests: usize, pace: Pace) -> Result<Load, Exit> {
+    /// What was recorded, if that is wanted. `requests`: at most.
+    fn trace(&self, requests: usize) -> Result<Option<Arc<Trace>>, Exit> {
+        let Some(file) = &self.trace else {
+            return Ok(None);
+        };
+        let (turns, longest) = (self.turns as usize, self.longest);
+        let wanted = Wanted {
+            requests,
+            turns,
+            longest,
+        };
+        let trace = Trace::read(file, wanted).map_err(|error| Exit::Usage(error.into()))?;
+        if trace.left_out > 0 {
+            let (left_out, name) = (trace.left_out, &trace.name);
+            tracing::warn!(
+                "{left_out} of {name} left out: too long, or no question with an answer"
+            );
+        }
+        Ok(Some(Arc::new(trace)))
+    }
+
+    /// As a trace tells it, if it does.
+    fn recorded(&self, trace: Option<&Arc<Trace>>) -> Result<Option<Pace>, Exit> {
+        let speed = self.speed;
+        if !(speed.is_finite() && speed > 0.0) {
+            return Err(usage(format!("--speed {speed}: it has to be above 0")));
+        }
+        let is_timed = trace.is_some_and(|trace| trace.is_timed);
+        Ok(is_timed.then_some(Pace::Recorded { speed }))
+    }
+
+    fn load(&self, requests: usize, pace: Pace, trace: Option<Arc<Trace>>) -> Result<Load, Exit> {
         if self.shared_prefix > 0 && self.shared_prefix >= self.input.least() {
             let (shared, input) = (self.shared_prefix, self.input);
             return Err(usage(format!(
@@ -117,12 +172,15 @@ impl ShapeArgs {
             )));
         }
         Ok(Load {
-            requests,
+            requests: trace.as_ref().map_or(requests, |trace| trace.requests()),
             pace,
             input: self.input,
             output: self.output,
             shared_prefix: self.shared_prefix,
             prefixes: self.prefixes as usize,
+            turns: self.turns as usize,
+            think: self.think,
+            trace,
             seed: self.seed,
         })
     }
@@ -139,17 +197,27 @@ impl ShapeArgs {
 
 impl OneArgs {
     fn load(&self) -> Result<Load, Exit> {
-        let pace = match (self.rate, self.concurrency.unwrap_or(8)) {
-            (Some(rate), _) => open(rate)?,
-            (None, clients @ 1..=MOST_CLIENTS) => Pace::Closed { clients },
-            (None, clients) => {
+        let all = if self.shape.trace.is_some() {
+            bench::MOST
+        } else {
+            100
+        };
+        let requests = self.requests.map_or(all, |requests| requests as usize);
+        let trace = self.shape.trace(requests)?;
+        let recorded = self.shape.recorded(trace.as_ref())?;
+        let pace = match (self.rate, self.concurrency, recorded) {
+            (Some(rate), ..) => open(rate)?,
+            (None, None, Some(recorded)) => recorded,
+            (None, None, None) => Pace::Closed { clients: 8 },
+            (None, Some(clients @ 1..=MOST_CLIENTS), _) => Pace::Closed { clients },
+            (None, Some(clients), _) => {
                 let range = format!("from 1 to {MOST_CLIENTS}");
                 return Err(usage(format!(
                     "--concurrency {clients}: it has to be {range}"
                 )));
             }
         };
-        self.shape.load(self.requests as usize, pace)
+        self.shape.load(requests, pace, trace)
     }
 }
 

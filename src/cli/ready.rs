@@ -3,9 +3,15 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::io::Write as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use tokio::task::JoinHandle;
+
+use super::{Context, Exit};
 use crate::fleet::{FleetSnapshot, FleetWatch, KvTrust, NodeId, Phase, Role, Service};
+use crate::instance::Instance;
 use crate::observe::{Console, ProgressHandle};
 use crate::plan::Plan;
 
@@ -54,6 +60,67 @@ pub fn judge(fleet: &FleetSnapshot) -> Start {
         1.. if ready + terminal + dying == nodes.len() => Start::Degraded(troubles),
         _ => Start::Waiting,
     }
+}
+
+/// Prints the banner when the fleet serves, then waits for the end. A start that fails for good is
+/// the end.
+pub async fn watch(
+    cx: &Context,
+    plan: &Plan,
+    fleet: FleetWatch,
+    instance: &Instance,
+    has_started: &AtomicBool,
+) -> Result<(), Exit> {
+    let end = cx.shutdown.graceful();
+    let _shown = AbortOnDrop(tokio::spawn(progress(cx.console.clone(), fleet.clone())));
+    let start = tokio::select! {
+        () = end.cancelled() => return Err(Exit::Interrupted),
+        start = started(fleet.clone()) => start,
+    };
+    match start {
+        Start::Failed(reasons) => {
+            let reasons = reasons.join("\n  ");
+            let logs = instance.log_dir().display();
+            return Err(Exit::Failed(anyhow::anyhow!(
+                "no node came up; logs are in {logs}\n  {reasons}"
+            )));
+        }
+        Start::Degraded(reasons) => {
+            for reason in reasons {
+                tracing::warn!("degraded: {reason}");
+            }
+        }
+        Start::Ready | Start::Waiting => {}
+    }
+    has_started.store(true, Ordering::Relaxed);
+    let snapshot = fleet.now();
+    cx.service.ready(&snapshot);
+    let _narrator = AbortOnDrop(tokio::spawn(narrate(fleet.clone())));
+    announce(&cx.console, &banner(plan, &snapshot, instance.log_dir()));
+    end.cancelled().await;
+    Ok(())
+}
+
+/// A task that lasts no longer than its owner.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// The banner goes to stdout, for the person and for scripts that wait for it; all else is on stderr. A
+/// detached pegaflow has its launcher and its log for both.
+fn announce(console: &Console, banner: &str) {
+    console.flush();
+    if console.is_detached() {
+        return console.ready(banner);
+    }
+    let mut stdout = std::io::stdout().lock();
+    // A closed stdout is no reason to stop serving.
+    let _ = writeln!(stdout, "\n{banner}");
+    let _ = stdout.flush();
 }
 
 /// Waits until [`judge`] no longer says [`Start::Waiting`]. Cancel-safe.
@@ -153,7 +220,8 @@ pub fn banner(plan: &Plan, fleet: &FleetSnapshot, log_dir: &std::path::Path) -> 
     };
     let _ = write!(
         text,
-        "\n  {mode}\n  metrics {figures}/metrics   state {figures}/status   logs {}\n\n  \
+        "\n  {mode}\n  metrics {figures}/metrics   state {figures}/status   logs {}\n  \
+         dashboard: `pegaflow dashboard` prints its address\n\n  \
          curl {url}/v1/completions{key} -H 'Content-Type: application/json' \\\n    \
          -d '{{\"model\": \"{}\", \"prompt\": \"The quick brown fox\", \"max_tokens\": 16}}'\n",
         log_dir.display(),

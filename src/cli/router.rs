@@ -26,6 +26,7 @@ use super::others::Watching;
 use super::{Exit, Seat};
 use crate::fleet::{DEFAULT_POOL, FleetPublisher, Role};
 use crate::handoff::HandoffBoard;
+use crate::live::Live;
 use crate::observe::{LogFormat, NodeCollector};
 use crate::plan::ExternalNode;
 use crate::router::{self, RouterDeps, RouterMetrics};
@@ -328,6 +329,8 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
         metrics,
         registry: Arc::new(registry),
         vitals,
+        live: Live::default(),
+        dashboard: None,
     };
     banner(&seat, &url, &nodes);
     seat.service.ready(&fleet.snapshot());

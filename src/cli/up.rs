@@ -11,10 +11,9 @@
 //! stop, then the engine (whose arena they had mapped), then the run directory goes.
 
 use std::collections::{BTreeMap, HashMap};
-use std::io::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
@@ -24,14 +23,16 @@ use super::leftovers::{end_orphans, host_that_fits};
 use super::listen::{self, Credentials};
 use super::others::Watching;
 use super::prepare::{Run, guard_program, install};
-use super::ready::{self, Start};
+use super::ready;
 use super::{Context, Exit};
 use crate::control::{About, Control, ControlDeps, Devices};
+use crate::dashboard::{Dashboard, DashboardDeps};
 use crate::engine::{Engine, EngineConfig};
 use crate::fleet::{FleetPublisher, FleetWatch, NodeId, NodeKey, NodeView};
 use crate::handoff::HandoffBoard;
 use crate::host::{self, GpuWatcher};
 use crate::instance::{Instance, InstanceError, InstanceInfo};
+use crate::live::Live;
 use crate::observe::{Console, GpuCollector, LogFile, NodeCollector};
 use crate::plan::{Device, ExternalNode, Plan};
 use crate::router::{self, Listeners, RouterDeps, RouterMetrics};
@@ -173,6 +174,7 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
     let traffic = Traffic::default();
     let started = Arc::new(AtomicBool::new(false));
     let (orders, desk) = supervise::orders(plan.nodes.iter().map(|node| &node.id));
+    let (key, address) = super::dashboard::key(plan, instance)?;
     let control = ControlDeps {
         about: Arc::new(about(cx, plan, instance)),
         fleet: fleet.watch(),
@@ -181,8 +183,17 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
         shutdown: cx.shutdown.clone(),
         started: started.clone(),
         gpus: gpus.watch(),
+        dashboard: address,
         engine: engine.clone(),
     };
+    let live = Live::on();
+    let pages = DashboardDeps {
+        control: control.clone(),
+        live: live.clone(),
+        metrics: metrics.clone(),
+        key,
+    };
+    let dashboard = Dashboard::start(pages, cx.shutdown.graceful().clone());
     let control = Control::start(&instance.control_socket(), control)
         .map_err(|error| Exit::Machine(error.into()))?;
 
@@ -219,6 +230,8 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
         metrics,
         registry: Arc::new(registry),
         vitals: cx.service.vitals.clone(),
+        live,
+        dashboard: Some(dashboard.routes),
     };
     let watch = ExternalDeps {
         health_interval: plan.supervisor.health_interval,
@@ -238,7 +251,7 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
         helpers.spawn(forget_the_gone(engine.clone(), fleet.watch()));
     }
 
-    let outcome = watch_start(cx, plan, fleet.watch(), instance, &started).await;
+    let outcome = ready::watch(cx, plan, fleet.watch(), instance, &started).await;
 
     cx.shutdown.begin();
     let routed = router.await;
@@ -246,6 +259,8 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
     let supervised = supervisor.await;
     let watched = watching.stop().await;
     helpers.shutdown().await;
+    // It ends with the shutdown that has begun.
+    let _ = dashboard.sampler.await;
     control.shutdown().await;
     if let Some(engine) = engine.and_then(Arc::into_inner) {
         engine.shutdown(ENGINE_STOP).await;
@@ -338,73 +353,6 @@ where
         Err(panic) => anyhow::Error::new(panic),
     };
     Err(Exit::Failed(error.context(format!("the {name} failed"))))
-}
-
-/// Prints the banner when the fleet serves, then waits for the end. A start that fails for good is
-/// the end.
-async fn watch_start(
-    cx: &Context,
-    plan: &Plan,
-    fleet: FleetWatch,
-    instance: &Instance,
-    started: &AtomicBool,
-) -> Result<(), Exit> {
-    let end = cx.shutdown.graceful();
-    let _shown = AbortOnDrop(tokio::spawn(ready::progress(
-        cx.console.clone(),
-        fleet.clone(),
-    )));
-    let start = tokio::select! {
-        () = end.cancelled() => return Err(Exit::Interrupted),
-        start = ready::started(fleet.clone()) => start,
-    };
-    match start {
-        Start::Failed(reasons) => {
-            let reasons = reasons.join("\n  ");
-            let logs = instance.log_dir().display();
-            return Err(Exit::Failed(anyhow::anyhow!(
-                "no node came up; logs are in {logs}\n  {reasons}"
-            )));
-        }
-        Start::Degraded(reasons) => {
-            for reason in reasons {
-                tracing::warn!("degraded: {reason}");
-            }
-        }
-        Start::Ready | Start::Waiting => {}
-    }
-    started.store(true, Ordering::Relaxed);
-    let snapshot = fleet.now();
-    cx.service.ready(&snapshot);
-    let _narrator = AbortOnDrop(tokio::spawn(ready::narrate(fleet.clone())));
-    announce(
-        &cx.console,
-        &ready::banner(plan, &snapshot, instance.log_dir()),
-    );
-    end.cancelled().await;
-    Ok(())
-}
-
-/// A task that lasts no longer than its owner.
-struct AbortOnDrop(JoinHandle<()>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-/// The banner goes to stdout, for the person and for scripts that wait for it; all else is on stderr. A
-/// detached pegaflow has its launcher and its log for both.
-fn announce(console: &Console, banner: &str) {
-    console.flush();
-    if console.is_detached() {
-        return console.ready(banner);
-    }
-    let mut stdout = std::io::stdout().lock();
-    // A closed stdout is no reason to stop serving.
-    let _ = writeln!(stdout, "\n{banner}");
-    let _ = stdout.flush();
 }
 
 /// The nodes' output on pegaflow's console.

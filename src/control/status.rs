@@ -99,6 +99,9 @@ pub struct NodeStatus {
     pub in_flight: usize,
     /// Why it died last, or why it is not ready.
     pub reason: Option<String>,
+    /// Others started it, and others end it.
+    #[serde(default)]
+    pub external: bool,
 }
 
 impl Status {
@@ -156,6 +159,7 @@ impl NodeStatus {
             cpus: devices.cpus,
             in_flight,
             reason: refusal.or_else(|| view.reason.clone()),
+            external: view.external,
         }
     }
 }

@@ -19,11 +19,15 @@ const END: &str = "# EOF\n";
 
 type Shared = State<Arc<Context>>;
 
-pub(super) fn add(routes: Router<Arc<Context>>) -> Router<Arc<Context>> {
-    routes
+pub(super) fn add(routes: Router<Arc<Context>>, cx: &Context) -> Router<Arc<Context>> {
+    let routes = routes
         .route("/status", get(status))
         .route("/metrics", get(metrics))
-        .route("/metrics/all", get(all_metrics))
+        .route("/metrics/all", get(all_metrics));
+    match &cx.dashboard {
+        Some(dashboard) => routes.merge(dashboard.clone().with_state(())),
+        None => routes,
+    }
 }
 
 async fn status(State(cx): Shared) -> Response {

@@ -31,6 +31,7 @@ const LOOK: Duration = Duration::from_secs(1);
 const LEAST: usize = 8;
 /// Whether the fleet serves, and its figures: for probes and scrapers, and no secrets.
 const OPEN: [&str; 3] = ["/health", "/metrics", "/metrics/all"];
+const DASHBOARD: &str = "/dashboard";
 
 /// Why a source of keys cannot be used. Never names a key.
 #[derive(Debug, thiserror::Error)]
@@ -216,7 +217,9 @@ pub(super) async fn check(
 ) -> Response {
     let path = request.uri().path();
     // It has a key of its own.
-    let open = OPEN.contains(&path) || (path == kv_ready::PATH && cx.admin.is_some());
+    let open = OPEN.contains(&path)
+        || path.starts_with(DASHBOARD)
+        || (path == kv_ready::PATH && cx.admin.is_some());
     match &cx.keys {
         Some(keys) if !open && !keys.admit(request.headers()) => {
             RouterError::Unauthorized.response_for(request.headers())

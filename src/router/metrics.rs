@@ -323,6 +323,11 @@ impl RouterMetrics {
         }
     }
 
+    /// Requests that are being served now, and those that wait for a place.
+    pub fn under_way(&self) -> (i64, i64) {
+        (self.in_flight.get(), self.queued.get())
+    }
+
     pub(super) fn hold_in_flight(&self) -> GaugeGuard {
         GaugeGuard::hold(&self.in_flight)
     }

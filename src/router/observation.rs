@@ -4,14 +4,16 @@
 //! start ─▶ (steps: the Timeline) ─▶ commit: TTFT ─▶ pieces: ITL ─▶ finish, or dropped: cancelled
 //! ```
 
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use http::{HeaderValue, StatusCode};
 
 use super::access::Access;
 use super::metrics::{RequestLabels, RouterMetrics, Way};
 use super::split::{Endpoint, WholeReason};
-use super::timeline::{Pace, Timeline};
+use super::timeline::{Marks, Pace, Timeline};
+use crate::live::{self, Live, Request};
 
 /// Events of one piece that count: a node that sends more at once streams nothing.
 const MOST_AT_ONCE: u64 = 1024;
@@ -58,6 +60,8 @@ impl Outcome {
 pub(super) struct Observation {
     pub(super) timeline: Timeline,
     metrics: RouterMetrics,
+    live: Live,
+    id: Arc<str>,
     endpoint: Endpoint,
     way: Way,
     reason: &'static str,
@@ -72,12 +76,16 @@ pub(super) struct Observation {
 impl Observation {
     pub(super) fn start(
         metrics: &RouterMetrics,
+        live: &Live,
+        id: &Arc<str>,
         endpoint: Endpoint,
         access: Option<Box<Access>>,
     ) -> Self {
         Self {
             timeline: Timeline::start(),
             metrics: metrics.clone(),
+            live: live.clone(),
+            id: id.clone(),
             endpoint,
             way: Way::None,
             reason: "",
@@ -106,6 +114,7 @@ impl Observation {
         if let Some(first) = first {
             let way = self.metrics.way(self.way);
             way.ttft.observe(first.as_secs_f64());
+            self.live.ttft(first);
         }
         timing
     }
@@ -115,6 +124,7 @@ impl Observation {
         if self.endpoint != Endpoint::Other {
             let pace = Pace::start(first, Instant::now());
             self.at_once(pace.events());
+            self.live.together(pace.events());
             self.pace = Some(pace);
         }
     }
@@ -125,6 +135,7 @@ impl Observation {
         if let Some((gap, count)) = pace.piece(events, Instant::now()) {
             let itl = &self.metrics.way(self.way).itl;
             itl.observe(gap.as_secs_f64());
+            self.live.pieces(gap, count);
             self.at_once(count - 1);
         }
     }
@@ -139,6 +150,32 @@ impl Observation {
         self.outcome = outcome;
     }
 
+    /// For who watches.
+    fn request(&self, marks: &Marks, total: Duration) -> Request {
+        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+        let arrived = SystemTime::now().checked_sub(total);
+        Request {
+            id: self.id.clone(),
+            at: live::unix_ms(arrived.unwrap_or(SystemTime::UNIX_EPOCH)),
+            endpoint: self.endpoint.label(),
+            way: self.way.label(),
+            reason: self.reason,
+            outcome: self.outcome.label(),
+            status: self.status.map(|status| status.as_u16()),
+            prefill: marks.prefill.clone(),
+            answer: marks.answer.as_ref().map(|(_, node)| node.clone()),
+            retries: marks.retries,
+            tokens: self.pace.as_ref().map(|pace| pace.events() + 1),
+            admitted: marks.admitted.map(ms),
+            body_read: marks.body_read.map(ms),
+            prefill_sent: marks.prefill_sent.map(ms),
+            settled: marks.settled.map(ms),
+            answer_sent: marks.answer_sent.map(ms),
+            first_piece: marks.first_piece.map(ms),
+            end: ms(total),
+        }
+    }
+
     fn observe(&self, total: Duration) {
         self.metrics.request(&RequestLabels {
             endpoint: self.endpoint.label(),
@@ -150,6 +187,7 @@ impl Observation {
         way.total.observe(total.as_secs_f64());
         if let Some(tpot) = self.pace.as_ref().and_then(Pace::tpot) {
             way.tpot.observe(tpot.as_secs_f64());
+            self.live.tpot(tpot);
         }
         let marks = self.timeline.marks();
         if self.outcome == Outcome::Cancelled {
@@ -173,6 +211,8 @@ impl Drop for Observation {
     fn drop(&mut self) {
         let total = self.timeline.elapsed();
         self.observe(total);
+        self.live
+            .finished(|| self.request(&self.timeline.marks(), total));
         if let Some(access) = self.access.take() {
             let end = super::access::End {
                 status: self.status,

@@ -57,7 +57,7 @@ pub(super) fn routes(cx: Arc<Context>) -> Front {
         .route(kv_ready::PATH, post(kv_ready::announce))
         .route("/health", get(health));
     let routes = match cx.plan.metrics_listen {
-        None => figures::add(routes),
+        None => figures::add(routes, &cx),
         Some(_) => routes,
     };
     let routes = routes
@@ -80,7 +80,10 @@ pub(super) fn own(cx: Arc<Context>) -> Front {
         let path = uri.path().to_owned();
         RouterError::NotFound { path }.response_for(&headers)
     };
-    Front::new(None, figures::add(health).fallback(nothing).with_state(cx))
+    Front::new(
+        None,
+        figures::add(health, &cx).fallback(nothing).with_state(cx),
+    )
 }
 
 async fn completions(State(cx): Shared, request: Request) -> Response {
@@ -97,7 +100,7 @@ pub(super) async fn serve(cx: Arc<Context>, endpoint: Endpoint, request: Request
     let access = Access::begin(cx.plan.access_log, &id, &parts);
     let caller = Caller::new(id, parts.headers, endpoint, cx.keys.is_some());
     let caller = Arc::new(caller);
-    let mut observation = Observation::start(&cx.metrics, endpoint, access);
+    let mut observation = Observation::start(&cx.metrics, &cx.live, &caller.id, endpoint, access);
     let (method, path) = (&parts.method, parts.uri.path_and_query());
     let arrival = Arrival {
         endpoint,

@@ -10,6 +10,7 @@ use std::time::Duration;
 use http::HeaderMap;
 use pegaflow::fleet::{FleetPublisher, KvTrust, NodeKey, NodeView, Phase, Role};
 use pegaflow::handoff::HandoffBoard;
+use pegaflow::live::Live;
 use pegaflow::notify::Vitals;
 use pegaflow::plan::RouterPlan;
 use pegaflow::router::{
@@ -123,6 +124,8 @@ impl Rig {
             metrics: RouterMetrics::register(&mut registry),
             registry: Arc::new(registry),
             vitals: Vitals::default(),
+            live: Live::default(),
+            dashboard: None,
         };
         let shutdown = Shutdown::default();
         let task = tokio::spawn(serve(listeners, deps, shutdown.clone()));

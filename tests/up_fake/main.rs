@@ -12,6 +12,7 @@ mod cgroups;
 mod chaos;
 mod commands;
 mod cycles;
+mod dashboard;
 mod detach;
 mod ending;
 #[path = "../fake_nvml/mod.rs"]

@@ -65,17 +65,21 @@ pub(super) async fn compare(seat: Seat, args: CompareArgs) -> Result<(), Exit> {
     if args.rate.len() > MOST_RATES {
         return Err(usage(format!("--rate: at most {MOST_RATES} of them")));
     }
-    let mut rates = Vec::new();
+    // All of this before anything is started: it may be wrong.
+    let trace = args.shape.trace(args.requests as usize)?;
+    let recorded = args.shape.recorded(trace.as_ref())?;
+    let mut paces = Vec::new();
     for rate in &args.rate {
-        let is_finite = rate.is_finite();
         match open(*rate)? {
-            Pace::Open { .. } if is_finite => rates.push(*rate),
+            pace if rate.is_finite() => paces.push(pace),
             _ => return Err(usage(format!("--rate {rate}: it has to be a number"))),
         }
     }
-    // Before anything is started: it may be wrong.
-    args.shape
-        .load(args.requests as usize, Pace::Closed { clients: 1 })?;
+    if paces.is_empty() {
+        paces.extend(recorded);
+    }
+    let pace = Pace::Closed { clients: 1 };
+    let shape = args.shape.load(args.requests as usize, pace, trace)?;
     let sides = [
         Side::new(&args.a, "a", &args.set)?,
         Side::new(&args.b, "b", &args.set)?,
@@ -90,7 +94,8 @@ pub(super) async fn compare(seat: Seat, args: CompareArgs) -> Result<(), Exit> {
         },
         seat: &seat,
         args: &args,
-        rates,
+        shape,
+        paces,
         sides,
     };
     let outcome = bench.rounds().await;
@@ -148,8 +153,10 @@ struct Bench<'a> {
     seat: &'a Seat,
     args: &'a CompareArgs,
     sides: [Side; 2],
-    /// Empty until they are known.
-    rates: Vec<f64>,
+    /// Of every load; it has no pace of its own.
+    shape: Load,
+    /// One load each; none until they are known.
+    paces: Vec<Pace>,
     comparison: Comparison,
 }
 
@@ -171,13 +178,12 @@ impl Bench<'_> {
             }
             let [first, second] = reports;
             for (number, pair) in first.into_iter().zip(second).enumerate() {
-                let rate = self.rates.get(number).copied().unwrap_or_default();
                 if self.comparison.loads.len() <= number {
-                    let rounds = Vec::new();
+                    let (rate, rounds) = (self.rate(number), Vec::new());
                     self.comparison.loads.push(Compared { rate, rounds });
                 }
                 if let Some(load) = self.comparison.loads.get_mut(number) {
-                    load.rounds.push([pair.0, pair.1]);
+                    load.rounds.push(pair.into());
                 }
             }
         }
@@ -207,21 +213,46 @@ impl Bench<'_> {
         let endpoint = stop.run_until_cancelled(shape.endpoint(url, None)).await;
         let endpoint = endpoint.ok_or(Exit::Interrupted)??;
         // Other prompts than those that are measured: the store holds none of those yet.
-        let mut warm_up = shape.load(WARM_UP, Pace::Closed { clients: 2 })?;
-        warm_up.seed = warm_up.seed.wrapping_add(1);
+        let warm_up = self.load(WARM_UP, Pace::Closed { clients: 2 }, 1);
         self.measured(&endpoint, &warm_up).await?;
-        if self.rates.is_empty() {
+        if self.paces.is_empty() {
             self.find_rates(&endpoint).await?;
         }
         let mut reports = Vec::new();
-        for (number, rate) in self.rates.clone().into_iter().enumerate() {
-            let pace = Pace::Open { per_second: rate };
-            let mut load = self.args.shape.load(self.args.requests as usize, pace)?;
+        for (number, pace) in self.paces.iter().enumerate() {
             // Each load has prompts of its own, the same for both sides and in every round.
-            load.seed = load.seed.wrapping_add(1_000 * (number as u64 + 1));
+            let salt = 1_000 * (number as u64 + 1);
+            let load = self.load(self.shape.requests, *pace, salt);
             reports.push(self.measured(&endpoint, &load).await?);
         }
         Ok(reports)
+    }
+
+    /// Like those that are measured. Of a trace the recorded ones are measured only.
+    fn load(&self, requests: usize, pace: Pace, salt: u64) -> Load {
+        Load {
+            requests,
+            pace,
+            trace: match requests == self.shape.requests {
+                true => self.shape.trace.clone(),
+                false => None,
+            },
+            seed: self.shape.seed.wrapping_add(salt),
+            ..self.shape.clone()
+        }
+    }
+
+    /// Requests a second, on average.
+    fn rate(&self, number: usize) -> f64 {
+        match self.paces.get(number) {
+            Some(Pace::Open { per_second }) => *per_second,
+            Some(Pace::Recorded { speed }) => {
+                let trace = self.shape.trace.as_ref();
+                let seconds = trace.map_or(0.0, |trace| trace.lasts().as_secs_f64());
+                self.shape.requests as f64 * speed / seconds.max(1e-9)
+            }
+            _ => 0.0,
+        }
     }
 
     /// What the first one that runs can do, which is the second topology.
@@ -229,15 +260,17 @@ impl Bench<'_> {
         let pace = Pace::Closed {
             clients: CAPACITY_CLIENTS,
         };
-        let mut load = self.args.shape.load(CAPACITY_REQUESTS, pace)?;
-        load.seed = load.seed.wrapping_add(2);
+        let load = self.load(CAPACITY_REQUESTS, pace, 2);
         let report = self.measured(endpoint, &load).await?;
         let most = report.requests_per_second;
         self.comparison.capacity = Some(Capacity {
             requests_per_second: most,
             clients: CAPACITY_CLIENTS,
         });
-        self.rates = SHARES.map(|share| two_digits(share * most)).to_vec();
+        let pace = |share| Pace::Open {
+            per_second: two_digits(share * most),
+        };
+        self.paces = SHARES.map(pace).to_vec();
         Ok(())
     }
 

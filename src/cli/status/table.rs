@@ -266,6 +266,7 @@ mod tests {
             cpus: vec![0, 1, 2, 3, 8, 10, 11],
             in_flight: 12,
             reason: reason.map(str::to_owned),
+            external: false,
         }
     }
 
