@@ -11,6 +11,7 @@ mod census;
 mod cgroups;
 mod chaos;
 mod commands;
+mod compare;
 mod cycles;
 mod dashboard;
 mod detach;
