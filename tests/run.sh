@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every check of the project. `tests/run.sh quick` leaves out what needs a real vLLM.
-# Needs: Rust with clippy and rustfmt, a C compiler, Python 3.11+ with pip and venv.
+# Needs: Rust with clippy and rustfmt, a C compiler, Python 3.11+ with pip and venv, Node 20+ with npm, Chromium.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mode=${1:-all}
@@ -12,6 +12,10 @@ cargo clippy --locked --all-targets -- -D warnings
 
 step "unit, property and fault tests (fake vLLM)"
 cargo test --locked
+
+step "the dashboard in a real browser"
+cargo build --locked --examples
+bash tests/browser.sh
 
 step "python tools"
 python3 -m venv target/test-venv
