@@ -92,7 +92,7 @@ enum Command {
     /// Print a script that completes pegaflow's commands and options in a shell.
     Completions(completions::CompletionsArgs),
     /// Print the JSON schema of a topology file, for editors.
-    Schema,
+    Schema(SchemaArgs),
     /// The process between pegaflow and one node (internal).
     #[command(name = "__guard", hide = true)]
     Guard(GuardArgs),
@@ -102,6 +102,13 @@ enum Command {
     /// The process that `doctor` measures one GPU with (internal).
     #[command(name = "__probe-gpu", hide = true)]
     ProbeGpu(doctor::ProbeArgs),
+}
+
+#[derive(Debug, Args)]
+struct SchemaArgs {
+    /// Print every key as a table for people instead.
+    #[arg(long)]
+    markdown: bool,
 }
 
 #[derive(Debug, Args)]
@@ -147,7 +154,10 @@ pub fn main() -> ExitCode {
         Command::ProbeGpu(args) => doctor::probe_main(&args),
         Command::Init(args) => ended(init::init(&args)),
         Command::Completions(args) => ended(print(completions::script(&args, Cli::command()))),
-        Command::Schema => ended(print(format!("{:#}\n", crate::topology::schema()))),
+        Command::Schema(args) => ended(print(match args.markdown {
+            true => crate::topology::reference(),
+            false => format!("{:#}\n", crate::topology::schema()),
+        })),
     }
 }
 

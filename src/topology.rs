@@ -41,7 +41,7 @@ pub use load::Surroundings;
 pub use memory::{Capacity, HugepageRequest, NumaRequest};
 pub use problem::{Problem, ProblemKind, write_problems};
 pub use read::CgroupRequest;
-pub use schema::schema;
+pub use schema::{reference, schema};
 pub use source::{Place, Source};
 pub use url::{NodeUrl, UrlError};
 pub use validate::{OWN_LOG, is_origin};

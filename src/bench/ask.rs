@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use rand::{RngExt as _, SeedableRng as _};
+use rand_distr::{Distribution as _, Gamma};
 
 use super::Lengths;
 use super::trace::{Prompt, Trace};
@@ -18,7 +19,8 @@ const BLOCK_TOKENS: f64 = 512.0;
 /// When requests are sent.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Pace {
-    /// As a Poisson process of so many a second, whether or not earlier ones are done. Infinite: all at once.
+    /// So many a second at random times, whether or not earlier ones are done: see [`Load::burstiness`]. Infinite:
+    /// all at once.
     Open { per_second: f64 },
     /// So many clients, each with one request at a time.
     Closed { clients: usize },
@@ -38,6 +40,9 @@ pub struct Load {
     pub shared_prefix: u32,
     /// How many beginnings there are; prompts take turns.
     pub prefixes: usize,
+    /// The shape of the gamma distribution that gaps have, as `vllm bench serve` has it: 1 is a Poisson process, more is
+    /// more even, less comes in bursts.
+    pub burstiness: f64,
     /// Requests of a conversation: each has all that was said before it in its prompt.
     pub turns: usize,
     /// From an answer to the next question.
@@ -93,14 +98,15 @@ impl Scale {
 impl Asks {
     pub(super) fn new(load: &Load, scale: Scale) -> Self {
         let mut rng = load.rng(Stream::Times);
+        let gaps = Gamma::new(load.burstiness, 1.0 / load.burstiness).ok();
         let mut at = 0.0;
         let due = (0..load.conversations()).map(|number| match load.pace {
             Pace::Closed { .. } => Duration::ZERO,
             Pace::Recorded { speed } => load.recorded(number).div_f64(speed),
             Pace::Open { per_second } => {
                 let due = Duration::try_from_secs_f64(at).unwrap_or_default();
-                // 1 - x is never 0.
-                let gap = -(1.0 - rng.random_range(0.0..1.0_f64)).ln();
+                // Of mean 1. A burstiness that is none is not let in.
+                let gap = gaps.map_or(1.0, |gaps| gaps.sample(&mut rng));
                 at += gap * load.turns as f64 / per_second;
                 due
             }
@@ -254,6 +260,7 @@ mod tests {
             output: "8".parse().unwrap(),
             shared_prefix: 0,
             prefixes: 1,
+            burstiness: 1.0,
             turns: 1,
             think: Duration::ZERO,
             trace: None,
@@ -298,6 +305,14 @@ mod tests {
         assert!((0.09..0.11).contains(&mean), "{mean}");
         // An exponential distribution's deviation is its mean.
         assert!((0.9..1.1).contains(&(deviation / mean)), "{deviation}");
+        let even = Load {
+            burstiness: 100.0,
+            ..load()
+        };
+        let due = self::due(&even);
+        let gaps: Vec<f64> = due.windows(2).map(|two| two[1] - two[0]).collect();
+        let near = gaps.iter().filter(|gap| (0.07..0.13).contains(*gap));
+        assert!(near.count() > gaps.len() * 99 / 100, "{gaps:?}");
         for pace in [
             Pace::Open {
                 per_second: f64::INFINITY,

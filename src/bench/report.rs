@@ -263,7 +263,13 @@ impl fmt::Display for Load {
         }
         match self.pace {
             Pace::Open { per_second } if per_second.is_infinite() => f.write_str("all at once")?,
-            Pace::Open { per_second } => write!(f, "Poisson arrivals at {per_second}/s")?,
+            Pace::Open { per_second } if self.burstiness == 1.0 => {
+                write!(f, "Poisson arrivals at {per_second}/s")?;
+            }
+            Pace::Open { per_second } => {
+                let burstiness = self.burstiness;
+                write!(f, "arrivals at {per_second}/s with burstiness {burstiness}")?;
+            }
             Pace::Closed { clients } => write!(f, "{clients} at a time")?,
             Pace::Recorded { speed: 1.0 } => f.write_str("as recorded")?,
             Pace::Recorded { speed } => write!(f, "as recorded, {speed} times as fast")?,
@@ -380,6 +386,7 @@ mod tests {
             output: "3".parse().unwrap(),
             shared_prefix: 0,
             prefixes: 1,
+            burstiness: 1.0,
             turns: 1,
             think: Duration::ZERO,
             trace: None,

@@ -84,6 +84,9 @@ struct ShapeArgs {
     /// How many such beginnings there are
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     prefixes: u32,
+    /// How even the random times of --rate are: 1 is a Poisson process, 100 nearly a clock, less than 1 comes in bursts
+    #[arg(long, default_value_t = 1.0, value_name = "SHAPE")]
+    burstiness: f64,
     /// How many requests make a conversation: each repeats what was said before it
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000))]
     turns: u32,
@@ -165,6 +168,12 @@ impl ShapeArgs {
     }
 
     fn load(&self, requests: usize, pace: Pace, trace: Option<Arc<Trace>>) -> Result<Load, Exit> {
+        let burstiness = self.burstiness;
+        if !(0.01..=1e6).contains(&burstiness) {
+            return Err(usage(format!(
+                "--burstiness {burstiness}: it has to be from 0.01 to 1000000"
+            )));
+        }
         if self.shared_prefix > 0 && self.shared_prefix >= self.input.least() {
             let (shared, input) = (self.shared_prefix, self.input);
             return Err(usage(format!(
@@ -178,6 +187,7 @@ impl ShapeArgs {
             output: self.output,
             shared_prefix: self.shared_prefix,
             prefixes: self.prefixes as usize,
+            burstiness,
             turns: self.turns as usize,
             think: self.think,
             trace,

@@ -145,7 +145,7 @@ pub(super) const ROUTER: Table = Table {
         key("tls_key", Text, Words("plain HTTP"), "The certificate's key in PEM, which no other user may read."),
         key("cors_origins", Origins, Is("[]"), "Web pages that may use the API from a browser, like [\"https://chat.example.com\"]; [\"*\"] for all."),
         key("aliases", Aliases, Is("{}"), "Other names that clients may write in `model`, like { \"gpt-4o\" = \"Qwen3-8B\" }."),
-        key("metrics_listen", Address, Words("/metrics and /status are on `listen`"), "IP address and port for /metrics and /status, without TLS and keys; they are then not on `listen`."),
+        key("metrics_listen", Address, Words("/metrics and /status are on `listen`"), "IP address and port for /metrics, /status and the dashboard, without TLS and API keys; they are then not on `listen`."),
         key("connect_timeout", Duration, Is("\"5s\""), "To a node."),
         key("first_byte_timeout", Duration, Is("\"600s\""), "From sending a request to a node to the head of its reply (for a stream) or the whole reply."),
         key("chunk_timeout", Duration, Is("\"120s\""), "Between two pieces of a stream."),

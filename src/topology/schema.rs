@@ -3,7 +3,11 @@
 //! It knows what one value may be, not what goes together: the reader has the last word. A string with
 //! a variable in it fits every key that takes strings, since nobody knows its value yet.
 
+mod reference;
+
 use serde_json::{Map, Value, json};
+
+pub use reference::reference;
 
 use super::keys::{self, Absent, Key, Shape, Table};
 
