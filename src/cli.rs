@@ -161,6 +161,12 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Whether pegaflow takes this command line, which begins with the program's name; for tests of what the documentation
+/// shows. Runs nothing.
+pub fn try_parse(words: impl IntoIterator<Item = String>) -> Result<(), clap::Error> {
+    Cli::try_parse_from(words).map(drop)
+}
+
 /// The end of a command that has no console.
 fn ended(outcome: Result<(), Exit>) -> ExitCode {
     match outcome {

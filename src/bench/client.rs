@@ -1,5 +1,6 @@
 //! One request: what is sent, and when the pieces of its answer came.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -11,8 +12,10 @@ use tokio::time::{Instant, timeout};
 use super::Load;
 use super::ask::Scale;
 
-/// Words of the two prompts that are asked before the load.
-const PROBES: [usize; 2] = [32, 160];
+/// Words of the two prompts that are asked before the load. The second one has more where the load's prompts are long,
+/// since words differ; a word of two tokens does not make it longer than those.
+const SHORT_PROBE: usize = 32;
+const LONG_PROBE: RangeInclusive<usize> = 160..=4096;
 /// Bytes of one event, and of an answer that is no stream.
 const MAX_EVENT: usize = 16 << 20;
 /// How much of an error's text is quoted.
@@ -261,7 +264,11 @@ impl Endpoint {
     /// Asks two short prompts, to learn how many tokens a word has.
     pub(super) async fn scale(&self, load: &Load) -> Result<Scale, BenchError> {
         let mut found = Vec::new();
-        for words in PROBES {
+        let long = load.input.least() as usize / 2;
+        for words in [
+            SHORT_PROBE,
+            long.clamp(*LONG_PROBE.start(), *LONG_PROBE.end()),
+        ] {
             let mut said = Said::default();
             said.ask(load.probe(words));
             let body = self.body(&said, 1, false);

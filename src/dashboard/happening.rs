@@ -22,7 +22,17 @@ pub(super) struct Happening {
 
 /// Compares one picture of the fleet with the one before it.
 #[derive(Debug, Default)]
-pub(super) struct Changes(BTreeMap<NodeId, (&'static str, u64)>);
+pub(super) struct Changes(BTreeMap<NodeId, Seen>);
+
+#[derive(Debug, PartialEq, Eq)]
+struct Seen {
+    phase: &'static str,
+    incarnation: u64,
+    reason: Option<String>,
+}
+
+/// Phases that always want a reason; in the others an old one only says what is long over.
+const UNWELL: [&str; 5] = ["backoff", "crash_loop", "failed", "unreachable", "down"];
 
 impl Changes {
     /// Of two changes between pictures only the outcome is seen.
@@ -30,20 +40,24 @@ impl Changes {
         let mut found = Vec::new();
         for node in fleet.nodes() {
             let to = node.phase.label();
-            let now = (to, node.incarnation);
-            let before = self.0.insert(node.id.clone(), now);
-            let Some((from, incarnation)) = before else {
+            let now = Seen {
+                phase: to,
+                incarnation: node.incarnation,
+                reason: node.reason.clone(),
+            };
+            let Some(before) = self.0.insert(node.id.clone(), now) else {
                 continue;
             };
-            if (from, incarnation) == now {
+            if (before.phase, before.incarnation) == (to, node.incarnation) {
                 continue;
             }
-            // What it died of is no reason for being ready.
-            let reason = node.reason.clone().filter(|_| !node.is_ready());
+            let is_news = before.reason != node.reason && !node.is_ready();
+            let reason = node.reason.clone();
+            let reason = reason.filter(|_| is_news || UNWELL.contains(&to));
             found.push(Happening {
                 at: unix_ms(SystemTime::now()),
                 node: node.id.clone(),
-                from,
+                from: before.phase,
                 to,
                 incarnation: node.incarnation,
                 restarts: node.restarts,
@@ -78,5 +92,10 @@ mod tests {
         // It was started again so fast that nobody saw it away.
         fleet.update(&"d".into(), |node| node.incarnation += 1);
         assert_eq!(changes.look(&fleet.snapshot()).len(), 1);
+        // What it died of is told no more than once.
+        for phase in [Phase::Starting, Phase::Ready, Phase::Draining] {
+            fleet.update(&"d".into(), |node| node.phase = phase);
+            assert_eq!(changes.look(&fleet.snapshot())[0].reason, None);
+        }
     }
 }
