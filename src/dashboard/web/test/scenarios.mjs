@@ -164,7 +164,7 @@ export function tick(at, fleet, next, place) {
   for (const one of serving) {
     const peers = serving.filter((other) => other.role === one.role).length;
     const share = Math.round((ok / peers) * (0.7 + 0.6 * next()));
-    nodes[one.name] = { sent: share, in_flight: Math.round(share * 1.6), tokens: one.role === "prefill" ? share : share * 110 };
+    nodes[one.name] = { sent: share, in_flight: Math.round(share * 1.6), tokens: Math.round(share * 1.6) * 1900 };
   }
   return {
     at,

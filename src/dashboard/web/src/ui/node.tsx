@@ -59,7 +59,7 @@ export function NodeCard({ node, tick, gpus }: { node: Node; tick: NodeTick | un
           <b>{short(tick?.sent ?? 0)}</b> req/s
         </span>
         <span>
-          <b>{short(tick?.tokens ?? 0)}</b> tok/s
+          <b>{short(tick?.tokens ?? 0)}</b> tokens here
         </span>
         <span class={node.restarts > 0 ? "restarted" : ""}>
           <b>{node.restarts}</b> {node.restarts === 1 ? "restart" : "restarts"}
