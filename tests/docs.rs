@@ -129,7 +129,9 @@ fn every_command_that_is_shown_is_one() {
                 // A word about a command need not have all that it needs.
                 ErrorKind::MissingRequiredArgument
                 | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => !is_whole,
-                ErrorKind::InvalidValue if error.to_string().contains("a value is required") => !is_whole,
+                ErrorKind::InvalidValue if error.to_string().contains("a value is required") => {
+                    !is_whole
+                }
                 ErrorKind::ValueValidation | ErrorKind::InvalidValue => has_placeholder,
                 _ => false,
             };
