@@ -92,7 +92,7 @@ pub(super) enum Failure {
 pub(super) struct Sample {
     /// After the beginning of the load.
     pub(super) sent: Duration,
-    /// From sending it to each piece of text.
+    /// From sending it to each piece, which is a token as a rule.
     pub(super) pieces: Vec<Duration>,
     /// To the end of the answer.
     pub(super) total: Duration,
@@ -115,10 +115,12 @@ struct Event {
 struct Choice {
     text: Option<String>,
     delta: Option<Delta>,
+    finish_reason: Option<String>,
 }
 
 #[derive(Deserialize)]
 struct Delta {
+    role: Option<String>,
     content: Option<String>,
     reasoning: Option<String>,
     reasoning_content: Option<String>,
@@ -138,6 +140,15 @@ impl Choice {
     fn words(&self) -> Option<&str> {
         let of_chat = || self.delta.as_ref()?.content.as_deref();
         self.text.as_deref().or_else(of_chat)
+    }
+
+    /// It brings a token: words, or none yet, where a token is only a part of a character. What names the role before
+    /// the first token does not, nor what only says that it is over.
+    fn is_token(&self) -> bool {
+        let is_empty = |text: &Option<String>| text.as_ref().is_some_and(String::is_empty);
+        let of_chat = |delta: &Delta| delta.role.is_none() && is_empty(&delta.content);
+        let is_part = is_empty(&self.text) || self.delta.as_ref().is_some_and(of_chat);
+        self.says_something() || (is_part && self.finish_reason.is_none())
     }
 
     fn says_something(&self) -> bool {
@@ -370,7 +381,7 @@ async fn follow(
                 return Err(Failure::ErrorEvent);
             }
             answer.extend(event.choices.iter().filter_map(Choice::words));
-            if event.choices.iter().any(Choice::says_something) {
+            if event.choices.iter().any(Choice::is_token) {
                 if sample.pieces.len() >= most || answer.len() > MAX_EVENT {
                     return Err(Failure::TooMuch);
                 }
@@ -405,4 +416,30 @@ fn excerpt(text: &[u8]) -> String {
         .chars()
         .take(EXCERPT)
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_without_words_counts_and_a_role_or_an_end_does_not() {
+        for (choice, is_token) in [
+            (json!({"text": "a"}), true),
+            (json!({"text": "", "finish_reason": null}), true),
+            (json!({"text": "", "finish_reason": "stop"}), false),
+            (json!({"text": "a", "finish_reason": "length"}), true),
+            (
+                json!({"delta": {"role": "assistant", "content": ""}}),
+                false,
+            ),
+            (json!({"delta": {"content": ""}}), true),
+            (json!({"delta": {"content": "a"}}), true),
+            (json!({"delta": {}, "finish_reason": "stop"}), false),
+            (json!({"delta": {"tool_calls": []}}), true),
+        ] {
+            let read: Choice = serde_json::from_value(choice.clone()).unwrap();
+            assert_eq!(read.is_token(), is_token, "{choice}");
+        }
+    }
 }

@@ -2,8 +2,8 @@
 //!
 //! | | of an answer |
 //! |---|---|
-//! | TTFT | from sending the request to the first piece of text |
-//! | ITL | between two pieces of text, all of them together |
+//! | TTFT | from sending the request to the first piece |
+//! | ITL | between two pieces, all of them together |
 //! | TPOT | from the first piece to the last, by the number of tokens after the first |
 //! | E2E | from sending the request to the last piece |
 //!
