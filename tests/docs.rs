@@ -9,6 +9,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use clap::error::ErrorKind;
 
@@ -184,6 +185,21 @@ fn every_file_that_is_named_is_there() {
         }
     }
     assert!(seen > 100, "only {seen} files were found");
+}
+
+#[test]
+fn the_committed_table_of_keys_is_what_the_command_prints() {
+    let run = Command::new(env!("CARGO_BIN_EXE_pegaflow"))
+        .args(["schema", "--markdown"])
+        .output()
+        .unwrap();
+    assert!(run.status.success());
+    let printed = String::from_utf8(run.stdout).unwrap();
+    let committed = fs::read_to_string(root().join("docs/topology-keys.md")).unwrap();
+    assert!(
+        printed == committed,
+        "a key changed: run `cargo run -- schema --markdown > docs/topology-keys.md` and commit it"
+    );
 }
 
 #[test]

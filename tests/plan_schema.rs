@@ -77,21 +77,6 @@ fn the_committed_schema_is_what_the_command_prints() {
 }
 
 #[test]
-fn the_committed_table_of_keys_is_what_the_command_prints() {
-    let run = Command::new(env!("CARGO_BIN_EXE_pegaflow"))
-        .args(["schema", "--markdown"])
-        .output()
-        .unwrap();
-    assert!(run.status.success());
-    let printed = String::from_utf8(run.stdout).unwrap();
-    let committed = fs::read_to_string(root().join("docs/topology-keys.md")).unwrap();
-    assert!(
-        printed == committed,
-        "a key changed: run `cargo run -- schema --markdown > docs/topology-keys.md` and commit it"
-    );
-}
-
-#[test]
 fn every_topology_that_is_shown_fits_the_schema_and_the_reader() {
     let validator = validator();
     let shown = shown();
