@@ -41,4 +41,6 @@ interpreter=$("$PEGAFLOW_BIN" prepare configs/1p1d-cpu.toml | sed -n 's/^interpr
 target/test-venv/bin/pip install --quiet --disable-pip-version-check --upgrade --target target/shim-tools \
     "$(grep '^pytest==' tests/real/requirements.txt)"
 PYTHONPATH=$PWD/python-shim:$PWD/target/shim-tools "$interpreter" -m pytest -q python-shim/tests
+step "what a GPU's checks would do, in host memory"
+PYTHON=$interpreter OUT=target/gpu-dry bash tests/gpu/run.sh --dry-run
 step "all checks passed"

@@ -22,9 +22,12 @@ class Arena:
         if end > len(mapping) or not fits or welcome.slots == 0:
             raise ValueError(f"arena layout does not hold rows of {row_bytes} bytes: {welcome}")
         self._mapping = mapping
+        self.size = len(mapping)
+        self.header_bytes = welcome.header_bytes
         self.epoch = welcome.epoch
         self.slots = welcome.slots
         self.generations = np.frombuffer(mapping, dtype=np.uint32, count=welcome.slots)
+        self.address = self.generations.ctypes.data
         self.sums = np.frombuffer(mapping, np.uint32, welcome.slots, sums) if sums else None
         whole = np.frombuffer(mapping, dtype=np.int8, count=welcome.slots * welcome.stride, offset=welcome.header_bytes)
         table = whole.reshape(welcome.slots, welcome.stride)

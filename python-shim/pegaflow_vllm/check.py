@@ -1,8 +1,10 @@
 """Does this vLLM have the hooks that the shim builds on? `python -m pegaflow_vllm.check` prints JSON:
 
-    {"vllm": "0.32.0", "problems": ["..."]}
+    {"vllm": "0.32.0", "tested": "0.26.0 to 0.32.0", "problems": ["..."]}
 
-No problem is no proof: what the hooks do is proven by the canary, whenever a pair of nodes starts.
+Each node looks, too, when it starts (`refuse_unsuitable`): an API that has changed would otherwise show as a crash
+somewhere inside vLLM. No problem is no proof: what the hooks do is proven by the canary, whenever a pair of nodes
+starts. So a version that is newer than any that was tested is let in, and said.
 """
 
 import importlib
@@ -10,8 +12,15 @@ import importlib.metadata
 import inspect
 import json
 import os
+import re
 import sys
 from typing import Any
+
+from pegaflow_vllm.guard import logger
+
+OLDEST, NEWEST = "0.26.0", "0.32.0"
+"""The versions that tests/real/test_versions.py was run with, from here to there."""
+TESTED = f"{OLDEST} to {NEWEST}"
 
 CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1"
 OFFLOADING = f"{CONNECTOR}.offloading_connector"
@@ -58,7 +67,27 @@ NAMES = [
 """What the shim reaches for inside of it, looked for in the source."""
 
 
+def refuse_unsuitable() -> None:
+    """Raises ValueError, with what to do about it, where the shim cannot work; says so where nobody has tried."""
+    found = problems()
+    if found:
+        raise ValueError(message(found))
+    installed = version()
+    if installed is not None and _numbers(installed) > _numbers(NEWEST):
+        logger.warning("pegaflow: vLLM %s is newer than %s, which were tested; the canary decides", installed, TESTED)
+
+
+def message(found: list[str]) -> str:
+    return (
+        f"pegaflow cannot share KV with vLLM {version()}: {'; '.join(found)}. Tested are {TESTED}: install one of them "
+        "in this node's runtime, or make the node `unified`, which needs no hooks"
+    )
+
+
 def problems() -> list[str]:
+    installed = version()
+    if installed is not None and [] != _numbers(installed) < _numbers(OLDEST):
+        return [f"it is older than {OLDEST}, which brought the hooks"]
     found = []
     for ours, theirs in CLASSES.items():
         base, why = _load(theirs)
@@ -131,10 +160,23 @@ def version() -> str | None:
     return None
 
 
+def _numbers(text: str) -> list[int]:
+    """0.30.0rc1+cpu is [0, 30, 0]. Of a build from source nothing is known: it calls itself 0.1.dev9 or the like."""
+    if "dev" in text:
+        return []
+    found = []
+    for part in text.partition("+")[0].split(".")[:3]:
+        digits = re.match(r"\d+", part)
+        if digits is None:
+            break
+        found.append(int(digits[0]))
+    return found
+
+
 def main() -> None:
     # vLLM logs to stdout; the answer is the last line.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    answer = {"vllm": version(), "problems": problems()}
+    answer = {"vllm": version(), "tested": TESTED, "problems": problems()}
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
 
 

@@ -2,14 +2,19 @@
 
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1 import base
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from pegaflow_vllm import check
 
-from pegaflow_vllm import meta
-from pegaflow_vllm.guard import guarded
-from pegaflow_vllm.manager import Manager
-from pegaflow_vllm.spec import building
-from pegaflow_vllm.worker import Worker
+try:
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+
+    from pegaflow_vllm import meta
+    from pegaflow_vllm.guard import guarded
+    from pegaflow_vllm.manager import Manager
+    from pegaflow_vllm.spec import building
+    from pegaflow_vllm.worker import Worker
+except ImportError as missing:
+    raise ImportError(check.message([str(missing)])) from missing
 
 # From 0.30 on a worker names the requests whose load failed; before that it names blocks.
 _TransferResults = getattr(base, "KVConnectorTransferResults", None)
@@ -21,6 +26,7 @@ generated tokens as they come."""
 
 class PegaConnector(OffloadingConnector):
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any):
+        check.refuse_unsuitable()
         groups = len(kv_cache_config.kv_cache_groups)
         if _TransferResults is None and groups > 1:
             raise ValueError(
@@ -94,9 +100,11 @@ class PegaConnector(OffloadingConnector):
         self._submit_stores()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
-        failed = self._take_failed_requests()
+        # get_finished forgets whose they are, and decides which failures can be taken.
+        loads = dict(self.connector_worker._load_jobs)
         sent, received = self.get_finished(finished_req_ids)
         received = set(received or ())
+        failed = self._take_failed_requests(loads)
         return _TransferResults(
             finished_sending=set(sent or ()), finished_recving=received, failed_recving=failed & received
         )
@@ -204,8 +212,7 @@ class PegaConnector(OffloadingConnector):
         return failed
 
     @guarded(set)
-    def _take_failed_requests(self) -> set[str]:
-        loads = self.connector_worker._load_jobs
+    def _take_failed_requests(self, loads: dict[int, str]) -> set[str]:
         return {loads[job] for job in self._worker.take_failures().jobs if job in loads}
 
     @guarded()

@@ -2,14 +2,14 @@
 
     cache in host memory -- pegaflow_copy.so is there --> one native call for all pages of all blocks
                          \\- it is not, or will not load -> NumPy, a stretch of neighbouring blocks at a time
-    cache on a device ----------------------------------> torch, layer by layer
+    cache on a device ----------------------------------> device.py
 
 pegaflow puts the library (native/copy.rs; checksum.py uses it too) beside this file. It changes how fast a copy is,
 nothing else.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +60,39 @@ class Page:
         return slice(self.start, self.start + self.size)
 
 
+SAVE, LOAD = "save", "load"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some chunks of one KV group: each of `blocks` (int64), all pages of it, has its row at its place in `slots`."""
+
+    pages: Sequence[Page]
+    blocks: np.ndarray
+    slots: np.ndarray
+
+
+class HostCopier:
+    """For caches in host memory: a copy is done when `submit` returns. device.py has the other one."""
+
+    def __init__(self, rows: np.ndarray):
+        self._rows = rows
+
+    def submit(self, way: str, parts: Sequence[Part], then: Callable[[BaseException | None], None]) -> None:
+        """Copies, then calls `then` with what went wrong if anything did. Raises nothing."""
+        error = None
+        try:
+            for part in parts:
+                (save_rows if way == SAVE else load_rows)(part.pages, part.blocks, self._rows, part.slots)
+        except Exception as failed:
+            error = failed
+        then(error)
+
+    def close(self) -> bool:
+        """Nothing is ever under way."""
+        return True
+
+
 def load_library(path: Path) -> ctypes.CDLL | None:
     """The native copy; None (and logged) where there is none for this machine."""
     try:
@@ -82,7 +115,7 @@ def save_rows(pages: Sequence[Page], blocks: np.ndarray, rows: np.ndarray, slots
     """Copies each of `blocks`, all pages of it, into the row that stands at its place in `slots`."""
     if not pages or not len(blocks):
         return
-    if native is not None and _in_host_memory(pages):
+    if native is not None:
         _copy_natively(native.pegaflow_save, pages, blocks, rows, slots)
         return
     for page in pages:
@@ -93,20 +126,16 @@ def load_rows(pages: Sequence[Page], blocks: np.ndarray, rows: np.ndarray, slots
     """The way back."""
     if not pages or not len(blocks):
         return
-    if native is not None and _in_host_memory(pages):
+    if native is not None:
         _copy_natively(native.pegaflow_load, pages, blocks, rows, slots)
         return
     for page in pages:
         _copy_from_rows(page, blocks, rows, slots)
 
 
-def _in_host_memory(pages: Sequence[Page]) -> bool:
-    return all(page.tensor.device.type == "cpu" for page in pages)
-
-
 def _copy_natively(function, pages: Sequence[Page], blocks: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
     blocks, slots = np.ascontiguousarray(blocks, np.int64), np.ascontiguousarray(slots, np.int64)
-    _check(pages, blocks, rows, slots)
+    check(pages, blocks, rows, slots)
     lanes = np.empty(len(pages), _LANE)
     for lane, page in enumerate(pages):
         cache = page.tensor
@@ -124,8 +153,8 @@ def check_rows(rows: np.ndarray, slots: np.ndarray) -> None:
         raise ValueError(f"rows of {rows.dtype} with strides {rows.strides} are not bytes side by side")
 
 
-def _check(pages: Sequence[Page], blocks: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
-    """What the native copy relies on; it looks at nothing itself."""
+def check(pages: Sequence[Page], blocks: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
+    """What a copy of raw addresses relies on; it looks at nothing itself."""
     width = rows.shape[1]
     if blocks.shape != slots.shape:
         raise IndexError(f"{blocks.shape} blocks do not match {slots.shape} slots")
@@ -153,21 +182,13 @@ def _runs(blocks: np.ndarray, slots: np.ndarray) -> list[tuple[int, int, int]]:
 
 def _copy_to_rows(page: Page, blocks: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
     cells = rows[:, page.columns]
-    if page.tensor.device.type == "cpu":
-        cache = page.tensor.numpy()
-        for block, slot, count in _runs(blocks, slots):
-            cells[slot : slot + count] = cache[block : block + count, : page.size]
-        return
-    index = torch.from_numpy(blocks).to(page.tensor.device)
-    cells[slots] = page.tensor[:, : page.size].index_select(0, index).cpu().numpy()
+    cache = page.tensor.numpy()
+    for block, slot, count in _runs(blocks, slots):
+        cells[slot : slot + count] = cache[block : block + count, : page.size]
 
 
 def _copy_from_rows(page: Page, blocks: np.ndarray, rows: np.ndarray, slots: np.ndarray) -> None:
     cells = rows[:, page.columns]
-    if page.tensor.device.type == "cpu":
-        cache = page.tensor.numpy()
-        for block, slot, count in _runs(blocks, slots):
-            cache[block : block + count, : page.size] = cells[slot : slot + count]
-        return
-    index = torch.from_numpy(blocks).to(page.tensor.device)
-    page.tensor[:, : page.size].index_copy_(0, index, torch.from_numpy(cells[slots]).to(page.tensor.device))
+    cache = page.tensor.numpy()
+    for block, slot, count in _runs(blocks, slots):
+        cache[block : block + count, : page.size] = cells[slot : slot + count]

@@ -1,6 +1,10 @@
 import json
+import logging
+import re
 import subprocess
 import sys
+
+import pytest
 
 from pegaflow_vllm import check
 
@@ -47,3 +51,30 @@ def test_this_vllm_has_every_hook():
     answer = json.loads(done.stdout.splitlines()[-1])
     assert answer["vllm"]
     assert answer["problems"] == []
+    assert answer["tested"] == check.TESTED
+
+
+@pytest.mark.parametrize("old", ["0.25.1", "0.9.2.post2", "0.25.0rc1+cpu"])
+def test_a_version_without_the_hooks_is_refused_with_those_that_have_them(monkeypatch, old):
+    monkeypatch.setattr(check, "version", lambda: old)
+    with pytest.raises(ValueError, match=f"vLLM {re.escape(old)}.*older than 0.26.0.*0.26.0 to 0.32.0.*unified"):
+        check.refuse_unsuitable()
+
+
+def test_a_signature_that_changed_is_refused_at_start(monkeypatch):
+    monkeypatch.setattr(check, "problems", lambda: ["vLLM's Base has no wait()"])
+    with pytest.raises(ValueError, match=r"no wait\(\).*Tested are"):
+        check.refuse_unsuitable()
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [("0.32.0", False), ("0.33.0", True), ("1.0", True), ("0.1.dev9+g1", False)]
+)
+def test_a_newer_version_is_let_in_and_said(monkeypatch, caplog, version, said):
+    monkeypatch.setattr(check, "version", lambda: version)
+    monkeypatch.setattr(check, "problems", lambda: [])
+    monkeypatch.setattr(check.logger, "propagate", True)
+    for name in ("vllm", "vllm.pegaflow"):
+        monkeypatch.setattr(logging.getLogger(name), "propagate", True)
+    check.refuse_unsuitable()
+    assert ("newer" in caplog.text) == said

@@ -3,6 +3,7 @@ import mmap
 import numpy as np
 import pytest
 import torch
+from fake_device import FakeDevice, waiting
 from vllm.v1.kv_offload.base import (
     CanonicalKVCacheRef,
     CanonicalKVCaches,
@@ -14,9 +15,10 @@ from conftest import hello
 from pegaflow_vllm import copy, protocol
 from pegaflow_vllm.arena import Arena
 from pegaflow_vllm.client import Client
+from pegaflow_vllm.device import DeviceCopier
 from pegaflow_vllm.manager import ChunkSpec
 from pegaflow_vllm.protocol import Commit, Damaged, Discard, Loaded
-from pegaflow_vllm.worker import Layout, Worker
+from pegaflow_vllm.worker import Failures, Layout, Worker, copier_for
 from toy_engine import EPOCH
 
 BLOCKS = 12
@@ -51,15 +53,20 @@ def chunks(engine, slots: list[int], generation: int = 1, epoch: int = EPOCH) ->
     return ChunkSpec(epoch, refs)
 
 
-@pytest.fixture(autouse=True, params=["native", "numpy"])
+def failures(worker: Worker) -> Failures:
+    worker.get_finished()
+    return worker.take_failures()
+
+
+@pytest.fixture(autouse=True, params=["native", "numpy", "device"])
 def how(request, native_copy, monkeypatch):
-    """Every test holds for both ways of copying."""
+    """Every test holds for all ways of copying."""
     monkeypatch.setattr(copy, "native", native_copy if request.param == "native" else None)
     return request.param
 
 
 @pytest.fixture
-def worker_over(engine):
+def worker_over(engine, how):
     """Makes a worker, connected as one rank, over KV tensors per group."""
     made = []
 
@@ -68,7 +75,10 @@ def worker_over(engine):
         client = Client(engine.path, call_timeout=10.0)
         assert client.connect(hello("worker", rank=rank, world=world, row_bytes=layout.row_bytes))
         made.append(client)
-        return Worker(layout, client)
+        return Worker(layout, client, on_device if how == "device" else copier_for)
+
+    def on_device(_, arena):
+        return waiting(DeviceCopier(FakeDevice(), arena))
 
     yield make
     for client in made:
@@ -96,12 +106,12 @@ def test_what_was_stored_is_loaded_bit_exact(engine, worker_over, source, slots,
         assert torch.equal(layer[target], stored[source])
         others = [block for block in range(BLOCKS) if block not in target]
         assert not layer[others].any()
-    assert not worker.take_failures().jobs
     assert [(r.job_id, r.success, r.transfer_size) for r in worker.get_finished()] == [
         (1, True, 80 * len(source)),
         (2, True, 80 * len(source)),
     ]
     assert worker.get_finished() == []
+    assert not worker.take_failures().jobs
 
 
 def test_groups_of_unlike_width_share_the_arena(engine, worker_over):
@@ -119,7 +129,7 @@ def test_groups_of_unlike_width_share_the_arena(engine, worker_over):
     assert torch.equal(narrow[0][[8, 9]], kept[2][[0, 3]])
     worker.submit_load(3, chunks(engine, [2]), blocks([], [4]))
     assert torch.equal(narrow[0][4], kept[2][5])
-    assert not worker.take_failures().jobs
+    assert not failures(worker).jobs
 
 
 def test_ranks_keep_to_their_own_part_of_a_row(engine, worker_over):
@@ -160,9 +170,9 @@ def test_a_load_that_cannot_be_trusted_fails_but_finishes(engine, worker_over, w
     assert worker.submit_load(4, spec, blocks([3, 5]), expedited=False)
     assert torch.equal(layer, kept)
     assert [(result.job_id, result.success) for result in worker.get_finished()] == [(4, True)]
-    failures = worker.take_failures()
-    assert (failures.jobs, failures.blocks) == ({4}, {3, 5})
-    assert not worker.take_failures().jobs
+    failed = failures(worker)
+    assert (failed.jobs, failed.blocks) == ({4}, {3, 5})
+    assert not failures(worker).jobs
     (loaded,) = engine.wait_for(Loaded)
     assert loaded.failed == len(spec.refs) // 8
     assert loaded.chunks == 0
@@ -180,7 +190,7 @@ def test_a_slot_that_changes_hands_during_the_copy_fails_the_load(engine, worker
 
     monkeypatch.setattr(worker, "_by_group", overtaken)
     worker.submit_load(4, spec, blocks([3]))
-    assert worker.take_failures().jobs == {4}
+    assert failures(worker).jobs == {4}
 
 
 def test_a_store_into_slots_of_others_is_discarded(engine, worker_over):
@@ -203,7 +213,7 @@ def test_without_an_engine_stores_vanish_and_loads_fail(socket_path):
     worker.submit_store(1, blocks([3]), spec)
     worker.submit_load(2, spec, blocks([3]))
     assert [(result.job_id, result.success) for result in worker.get_finished()] == [(1, True), (2, True)]
-    assert worker.take_failures().jobs == {2}
+    assert failures(worker).jobs == {2}
 
 
 def test_a_tensor_that_is_not_bytes_is_refused():
@@ -231,7 +241,7 @@ def test_checksums_change_nothing_about_what_is_whole(engine, worker_over, verif
     worker.submit_load(2, chunks(engine, slots), blocks(source))
     assert torch.equal(layer[source], kept[source])
     engine.wait_for(Loaded)
-    assert not worker.take_failures().jobs
+    assert not failures(worker).jobs
     assert engine.of(Damaged) == []
 
 
@@ -243,14 +253,14 @@ def test_a_flipped_bit_fails_the_load_and_names_its_chunk(engine, worker_over, v
     engine.wait_for(Commit)
     damage(engine, 2, at)
     worker.submit_load(2, spec, blocks([5, 6, 8]))
-    failures = worker.take_failures()
-    assert (failures.jobs, failures.blocks) == ({2}, {5, 6, 8})
+    failed = failures(worker)
+    assert (failed.jobs, failed.blocks) == ({2}, {5, 6, 8})
     (loaded,) = engine.wait_for(Loaded)
     assert (loaded.chunks, loaded.failed) == (0, 3)
     assert engine.of(Damaged) == [Damaged(refs=spec.refs[8:16])]
     # The others can be loaded all the same.
     worker.submit_load(3, chunks(engine, [4, 7]), blocks([5, 8]))
-    assert not worker.take_failures().jobs
+    assert not failures(worker).jobs
 
 
 def test_a_damaged_checksum_is_damage_too(engine, worker_over, verify):
@@ -277,7 +287,7 @@ def test_what_overtakes_a_load_is_no_damage(engine, worker_over, verify, monkeyp
 
     monkeypatch.setattr(worker, "_by_group", overtaken)
     worker.submit_load(2, spec, blocks([5, 6]))
-    assert worker.take_failures().jobs == {2}
+    assert failures(worker).jobs == {2}
     engine.wait_for(Loaded)
     assert engine.of(Damaged) == []
 
@@ -296,7 +306,7 @@ def test_every_rank_sums_its_own_part_and_every_group_what_it_uses(engine, worke
     for rank in ranks:
         rank.submit_load(2, spec, blocks([7], [8]))
     engine.wait_for(Loaded, 2)
-    assert [rank.take_failures().jobs for rank in ranks] == [set(), {2}]
+    assert [failures(rank).jobs for rank in ranks] == [set(), {2}]
     assert engine.of(Damaged) == [Damaged(refs=spec.refs[:8])]
 
 
@@ -307,7 +317,7 @@ def test_without_room_for_checksums_damage_goes_unseen(engine, worker_over):
     engine.wait_for(Commit)
     damage(engine, 1, 5)
     worker.submit_load(2, spec, blocks([5]))
-    assert not worker.take_failures().jobs
+    assert not failures(worker).jobs
     assert worker._arena.sums is None
 
 
