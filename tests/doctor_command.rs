@@ -158,6 +158,11 @@ fn a_machine_that_is_well_passes() {
             what.contains("GB/s to the GPU") && what.contains("256.0 MiB"),
             "{what}"
         );
+        assert!(what.contains("CUDA 12.8"), "{what}");
+    }
+    for (check, other) in [("copy 0", 1), ("copy 1", 0)] {
+        let what = found.get(check)["what"].as_str().unwrap();
+        assert!(what.contains(&format!("reaches GPU {other} by itself")), "{what}");
     }
     assert!(found.get("vllm")["what"].as_str().unwrap().contains("9.9"));
     machine.assert_nothing_left();
@@ -171,6 +176,9 @@ fn each_fault_of_a_gpu_is_found() {
     let remedy = found.get("copy 0")["remedy"].as_str().unwrap();
     assert!(remedy.contains("ulimit"), "{remedy}");
     machine.doctor("nogpu").assert_failed("copy 1", "cuInit");
+    let apart = machine.doctor("apart");
+    let what = apart.get("copy 0")["what"].as_str().unwrap();
+    assert!(what.contains("reaches no other GPU"), "{what}");
     let slow = machine.doctor("slow");
     assert_eq!(
         slow.get("copy 0")["status"],

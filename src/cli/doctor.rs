@@ -111,7 +111,7 @@ async fn findings(topology: Option<&Topology>, gpu_limit: Duration) -> Result<Ve
         all.push(Finding::new("copy", NotChecked(remedy.to_owned()), what));
     }
     for gpu in host.gpus.iter().filter(|gpu| !gpu.mig) {
-        all.push(probes::gpu(gpu, gpu_limit, job).await);
+        all.push(probes::gpu(gpu, &host, gpu_limit, job).await);
     }
     match shutdown.graceful().is_cancelled() {
         true => Err(Exit::Interrupted),

@@ -1,4 +1,5 @@
-//! What a GPU does with memory like the store's: registers a slice of it, and copies to and from it.
+//! What a GPU does with memory like the store's: registers a slice of it, and copies to and from it; and which
+//! other GPUs it reaches by itself.
 //!
 //! Only a short-lived child calls this (`pegaflow __probe-gpu`): a driver may hang or kill its process,
 //! and pegaflow itself never opens a GPU context. The driver's library is loaded at run time.
@@ -11,7 +12,10 @@ use std::time::{Duration, Instant};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use memmap2::{MmapOptions, MmapRaw};
+use nix::errno::Errno;
+use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 
 /// Of the arena: enough that starting a copy does not count.
@@ -19,8 +23,12 @@ const SLICE: usize = 256 << 20;
 const ROUNDS: usize = 5;
 
 /// What was measured.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct GpuProbe {
+    /// The CUDA that the driver itself is of, like `12.8`.
+    pub cuda: String,
+    /// Of the other GPUs that this process can see, in their order: can this one read their memory?
+    pub peers: Vec<bool>,
     /// Bytes of shared memory that were registered.
     pub registered: u64,
     pub register_ms: f64,
@@ -35,6 +43,8 @@ pub enum GpuProbeError {
     NoLibrary,
     #[error("cannot make shared memory: {0}")]
     Memory(#[source] io::Error),
+    #[error("cannot run on the cores beside this GPU, {cores:?}: {error}")]
+    Cores { cores: Vec<usize>, error: Errno },
     #[error("{call} failed: {error}")]
     Cuda {
         call: &'static str,
@@ -46,9 +56,14 @@ fn cuda<T>(call: &'static str, result: Result<T, DriverError>) -> Result<T, GpuP
     result.map_err(|error| GpuProbeError::Cuda { call, error })
 }
 
-/// Measures the first GPU that this process can see. It does not give back what it took: the process is
-/// to end now.
-pub fn probe_gpu() -> Result<GpuProbe, GpuProbeError> {
+/// Measures the first GPU that this process can see, with memory that `cores` touched first (any cores where there
+/// are none): the kernel takes it from their NUMA node, as it does for a store that is placed there. It does not give
+/// back what it took: the process is to end now.
+pub fn probe_gpu(cores: &[usize]) -> Result<GpuProbe, GpuProbeError> {
+    run_on(cores).map_err(|error| GpuProbeError::Cores {
+        cores: cores.to_vec(),
+        error,
+    })?;
     #[expect(unsafe_code, reason = "the driver's library is loaded")]
     // SAFETY: it loads NVIDIA's own library by name, whose initialisers need nothing of us. Without this
     // look, the first call below would panic where the library is missing.
@@ -57,7 +72,9 @@ pub fn probe_gpu() -> Result<GpuProbe, GpuProbeError> {
         return Err(GpuProbeError::NoLibrary);
     }
     cuda("cuInit", result::init())?;
+    let version = cuda("cuDriverGetVersion", driver_version())?;
     let device = cuda("cuDeviceGet", result::device::get(0))?;
+    let peers = cuda("cuDeviceCanAccessPeer", peers_of(device))?;
     #[expect(unsafe_code, reason = "a context is made current")]
     // SAFETY: the device comes from `get`, and the context from `retain`.
     let entered =
@@ -76,11 +93,45 @@ pub fn probe_gpu() -> Result<GpuProbe, GpuProbeError> {
     let to_gpu = fastest(|| cuda("cuMemcpyHtoD", copy_to(there, &arena)))?;
     let from_gpu = fastest(|| cuda("cuMemcpyDtoH", copy_from(there, &arena)))?;
     Ok(GpuProbe {
+        cuda: format!("{}.{}", version / 1000, version % 1000 / 10),
+        peers,
         registered: SLICE as u64,
         register_ms,
         to_gpu,
         from_gpu,
     })
+}
+
+fn run_on(cores: &[usize]) -> Result<(), Errno> {
+    if cores.is_empty() {
+        return Ok(());
+    }
+    let mut set = CpuSet::new();
+    cores.iter().try_for_each(|&core| set.set(core))?;
+    sched_setaffinity(Pid::from_raw(0), &set)
+}
+
+/// 12080 is CUDA 12.8.
+fn driver_version() -> Result<i32, DriverError> {
+    let mut version = 0;
+    #[expect(unsafe_code, reason = "the driver writes through a pointer")]
+    // SAFETY: it points to an integer of this frame, which the call fills in and forgets.
+    let told = unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    told.result().map(|()| version)
+}
+
+fn peers_of(device: sys::CUdevice) -> Result<Vec<bool>, DriverError> {
+    let others = 1..result::device::get_count()?;
+    others
+        .map(|ordinal| {
+            let other = result::device::get(ordinal)?;
+            let mut can = 0;
+            #[expect(unsafe_code, reason = "the driver writes through a pointer")]
+            // SAFETY: it points to an integer of this frame; both devices come from `get`.
+            let told = unsafe { sys::cuDeviceCanAccessPeer(&raw mut can, device, other) };
+            told.result().map(|()| can != 0)
+        })
+        .collect()
 }
 
 /// As the engine makes its arena: a memfd, mapped shared, every page there.

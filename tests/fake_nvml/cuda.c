@@ -1,5 +1,6 @@
-/* A scripted libcuda: one GPU whose memory is the host's. FAKE_CUDA: "hang" makes cuInit hang, "nogpu" makes it
- * fail, "nolock" refuses to register memory, "slow" delays every copy.
+/* A scripted libcuda: as many GPUs as CUDA_VISIBLE_DEVICES names, whose memory is the host's. FAKE_CUDA: "hang" makes
+ * cuInit hang, "nogpu" makes it fail, "nolock" refuses to register memory, "slow" delays every copy, "apart" keeps GPUs
+ * from reading each other.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -24,9 +25,29 @@ int cuGetErrorString(int error, const char **text) {
     return SUCCESS;
 }
 
+int cuDriverGetVersion(int *version) {
+    *version = 12080;
+    return SUCCESS;
+}
+
+int cuDeviceGetCount(int *count) {
+    const char *seen = getenv("CUDA_VISIBLE_DEVICES");
+    *count = seen && *seen ? 1 : 0;
+    for (; seen && *seen; seen++)
+        *count += *seen == ',';
+    return SUCCESS;
+}
+
 int cuDeviceGet(int *device, int ordinal) {
+    int count;
+    cuDeviceGetCount(&count);
     *device = ordinal;
-    return ordinal == 0 ? SUCCESS : INVALID_VALUE;
+    return ordinal >= 0 && ordinal < count ? SUCCESS : INVALID_VALUE;
+}
+
+int cuDeviceCanAccessPeer(int *can, int device, int peer) {
+    *can = !told("apart");
+    return device != peer ? SUCCESS : INVALID_VALUE;
 }
 
 int cuDevicePrimaryCtxRetain(void **context, int device) {

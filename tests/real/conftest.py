@@ -54,6 +54,16 @@ def topology(folder: Path, name: str, changes: dict[str, str]) -> tuple[Path, st
     return file, f"http://127.0.0.1:{port}"
 
 
+UNI = ', "--distributed-executor-backend", "uni"'
+IN_ENGINE = 'env = { VLLM_ENABLE_V1_MULTIPROCESSING = "0" }\n'
+
+
+def own_workers(text: str) -> str:
+    """The shipped CPU topology with each worker in a process of its own, as on GPUs."""
+    assert text.count(UNI) == text.count(IN_ENGINE) == 2
+    return text.replace(UNI, "").replace(IN_ENGINE, "")
+
+
 @pytest.fixture(scope="module")
 def reference(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory):
     started = time.monotonic()

@@ -152,8 +152,8 @@ def metric(url: str, name: str) -> float:
 class Reference:
     """A vLLM node without connector, started directly: the same flags, nothing of pegaflow in it."""
 
-    def __init__(self, fleet: Fleet, workdir: Path):
-        leader = fleet.node("decode")["pid"]
+    def __init__(self, fleet: Fleet, workdir: Path, like: str = "decode"):
+        leader = fleet.node(like)["pid"]
         self.port = machine.free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.argv = without_connector(machine.argv(leader), self.port)
@@ -166,8 +166,15 @@ class Reference:
         self.log = workdir / "reference.log"
         self.fleet, self.shm_before = fleet, machine.shm_files()
         self.forgotten: set[str] = set()
+        # As many cores as the node has: another number of threads sums in another order.
+        cores = os.sched_getaffinity(leader)
         self.process = subprocess.Popen(
-            self.argv, env=env, stdin=subprocess.DEVNULL, stdout=self.log.open("wb"), stderr=subprocess.STDOUT
+            self.argv,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=self.log.open("wb"),
+            stderr=subprocess.STDOUT,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )
 
     def wait(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import machine
-from conftest import CPU_CONFIG, served_model
+from conftest import CPU_CONFIG, own_workers, served_model
 from load import Ending, Load
 from pegaflow import GONE_LIMIT, Fleet
 from prompts import BLOCK, ask, prompt
@@ -61,10 +61,10 @@ TABLE: list[Row] = []
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory):
-    """The shipped topology at a port of its own, with less patience."""
+    """The shipped topology at a port of its own, with less patience, and every process that a node on GPUs has."""
     folder: Path = tmp_path_factory.mktemp("faults")
     port = machine.free_port()
-    text = CPU_CONFIG.read_text()
+    text = own_workers(CPU_CONFIG.read_text())
     for old, new in {
         'listen = "127.0.0.1:8000"': f'listen = "127.0.0.1:{port}"',
         'model = "builtin:tiny"': 'name = "faults"\nmodel = "builtin:tiny"',

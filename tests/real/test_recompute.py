@@ -20,7 +20,7 @@ import pytest
 
 import machine
 from arena import PAGE, Arena
-from conftest import serving, topology
+from conftest import own_workers, serving, topology
 from pegaflow import Fleet, Reference
 from prompts import BLOCK, Exact, ask, full_chunks, leg, prompt
 
@@ -38,6 +38,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory):
     """The shipped topology with a store that is small enough to look at all of it, again and again."""
     folder = tmp_path_factory.mktemp("fleet")
     file, url = topology(folder, "recompute", {'capacity = "1GiB"': 'capacity = "64MiB"'})
+    file.write_text(own_workers(file.read_text()))
     yield from serving(Fleet(file, url, folder))
 
 

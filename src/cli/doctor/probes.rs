@@ -12,7 +12,7 @@ use tokio::process::Command;
 
 use super::finding::Finding;
 use super::finding::Status::{Failed, NotChecked, Warning};
-use crate::host::{Gpu, GpuProbe, GpuProbeError, probe_gpu};
+use crate::host::{Gpu, GpuProbe, GpuProbeError, HostSnapshot, probe_gpu};
 use crate::runtime::child::{self, ChildError, Finished};
 use crate::runtime::{Job, Runtime};
 
@@ -26,13 +26,16 @@ const NO_LIBRARY: u8 = 3;
 /// `pegaflow __probe-gpu INDEX`.
 #[derive(Debug, Args)]
 pub struct ProbeArgs {
-    /// Which one, for `ps`; the environment shows it alone.
+    /// Which one, for `ps`; the environment shows it first.
     pub index: u32,
+    /// Where to run: the cores beside it.
+    #[arg(long, value_delimiter = ',')]
+    pub cores: Vec<usize>,
 }
 
 /// The body of the hidden subcommand: one line of JSON.
 pub fn probe_main(args: &ProbeArgs) -> ExitCode {
-    match probe_gpu() {
+    match probe_gpu(&args.cores) {
         Ok(probe) => match serde_json::to_string(&probe) {
             Ok(line) => {
                 println!("{line}");
@@ -44,24 +47,46 @@ pub fn probe_main(args: &ProbeArgs) -> ExitCode {
             eprintln!("GPU {}: {error}", args.index);
             match error {
                 GpuProbeError::NoLibrary => ExitCode::from(NO_LIBRARY),
-                GpuProbeError::Memory(_) | GpuProbeError::Cuda { .. } => ExitCode::FAILURE,
+                GpuProbeError::Memory(_)
+                | GpuProbeError::Cores { .. }
+                | GpuProbeError::Cuda { .. } => ExitCode::FAILURE,
             }
         }
     }
 }
 
-pub async fn gpu(gpu: &Gpu, limit: Duration, job: Job<'_>) -> Finding {
-    let check = format!("copy {}", gpu.index);
+pub async fn gpu(gpu: &Gpu, host: &HostSnapshot, limit: Duration, job: Job<'_>) -> Finding {
+    let others: Vec<&Gpu> = host
+        .gpus
+        .iter()
+        .filter(|other| other.index != gpu.index && !other.mig)
+        .collect();
+    let seen = std::iter::once(gpu).chain(others.iter().copied());
+    let uuids: Vec<&str> = seen.map(|gpu| gpu.uuid.as_str()).collect();
+    let node = host
+        .memory
+        .numa
+        .iter()
+        .find(|node| Some(node.id) == gpu.numa_node && !node.cpus.is_empty());
     let mut command = Command::new(&job.guard.program);
     command
         .args(["__probe-gpu", &gpu.index.to_string()])
         .env("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-        .env("CUDA_VISIBLE_DEVICES", &gpu.uuid);
+        .env("CUDA_VISIBLE_DEVICES", uuids.join(","));
+    if let Some(node) = node {
+        // Only those that this process may use; with none of them it runs anywhere.
+        let cores = node.cpus.iter().filter(|core| host.cpus.contains(core));
+        let cores: Vec<String> = cores.map(ToString::to_string).collect();
+        if !cores.is_empty() {
+            command.args(["--cores", &cores.join(",")]);
+        }
+    }
     let finished = child::run(command, limit, job, &mut |_, _| {}).await;
-    judge_gpu(check, finished)
+    judge_gpu(gpu, &others, finished)
 }
 
-fn judge_gpu(check: String, finished: Result<Finished, ChildError>) -> Finding {
+fn judge_gpu(gpu: &Gpu, others: &[&Gpu], finished: Result<Finished, ChildError>) -> Finding {
+    let check = format!("copy {}", gpu.index);
     let remedy =
         "see what nvidia-smi and the kernel's log (dmesg) say of this GPU; where registering \
                   memory failed, raise the limit of lockable memory (ulimit -l)"
@@ -90,12 +115,17 @@ fn judge_gpu(check: String, finished: Result<Finished, ChildError>) -> Finding {
             return Finding::new(check, Failed(remedy), what);
         }
     };
+    let near = gpu
+        .numa_node
+        .map_or_else(String::new, |node| format!(" of NUMA node {node}"));
     let what = format!(
-        "{:.1} GB/s to the GPU, {:.1} GB/s from it; {} of shared memory registered in {:.0} ms",
+        "{:.1} GB/s to the GPU, {:.1} GB/s from it; {} of shared memory{near} registered in {:.0} ms; CUDA {}{}",
         probe.to_gpu / 1e9,
         probe.from_gpu / 1e9,
         ByteSize(probe.registered),
-        probe.register_ms
+        probe.register_ms,
+        probe.cuda,
+        reaches(others, &probe.peers)
     );
     if probe.to_gpu.min(probe.from_gpu) < SLOW {
         let remedy = "the link is slow: compare `nvidia-smi -q -d PCIE` (generation and width, now \
@@ -105,10 +135,30 @@ fn judge_gpu(check: String, finished: Result<Finished, ChildError>) -> Finding {
     Finding::ok(check, what)
 }
 
+/// Which other GPUs this one reads by itself: what tensor parallel is fast over.
+fn reaches(others: &[&Gpu], peers: &[bool]) -> String {
+    if others.is_empty() {
+        return String::new();
+    }
+    let reached: Vec<String> = others
+        .iter()
+        .zip(peers)
+        .filter(|(_, can)| **can)
+        .map(|(other, _)| other.index.to_string())
+        .collect();
+    match reached.is_empty() {
+        true => "; reaches no other GPU by itself".to_owned(),
+        false => format!("; reaches GPU {} by itself", reached.join(", ")),
+    }
+}
+
 /// What the shim's own check says.
 #[derive(Debug, Deserialize)]
 struct Hooks {
     vllm: Option<String>,
+    /// The versions that the shim was tried with.
+    #[serde(default)]
+    tested: String,
     problems: Vec<String>,
 }
 
@@ -154,11 +204,13 @@ fn judge_vllm(runtime: &Runtime, finished: Result<Finished, ChildError>) -> Find
             format!("{version} has the hooks of the shim; {where_}"),
         );
     }
-    let remedy = "use another version of vLLM (configs/1p1d-cpu.toml names one that is tested), or unified \
-                  nodes, which need no hooks";
+    let remedy = format!(
+        "use one of the versions that are tested ({}), or unified nodes, which need no hooks",
+        hooks.tested
+    );
     let what = format!(
         "{version} lacks hooks of the shim: {}",
         hooks.problems.join("; ")
     );
-    Finding::new("vllm", Failed(remedy.to_owned()), what)
+    Finding::new("vllm", Failed(remedy), what)
 }
