@@ -162,7 +162,10 @@ fn a_machine_that_is_well_passes() {
     }
     for (check, other) in [("copy 0", 1), ("copy 1", 0)] {
         let what = found.get(check)["what"].as_str().unwrap();
-        assert!(what.contains(&format!("reaches GPU {other} by itself")), "{what}");
+        assert!(
+            what.contains(&format!("reaches GPU {other} by itself")),
+            "{what}"
+        );
     }
     assert!(found.get("vllm")["what"].as_str().unwrap().contains("9.9"));
     machine.assert_nothing_left();
