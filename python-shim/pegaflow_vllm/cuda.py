@@ -32,7 +32,8 @@ class Cuda:
                 # Host memory that nobody writes while it is loaded may be read ahead; a cache may not.
                 lists = [torch.from_numpy(each) for each in (sources, targets, sizes)]
                 copy(*lists, is_src_access_order_any=way == LOAD)
-            event = torch.cuda.Event()
+            # Blocking: the thread that waits for it sleeps, and takes no core from the engine.
+            event = torch.cuda.Event(blocking=True)
             event.record(stream)
         # The driver may still read the lists.
         return _Copy(event, lists if len(sizes) else [])
