@@ -26,17 +26,21 @@ class Cuda:
     def start(self, way: str, sources: np.ndarray, targets: np.ndarray, sizes: np.ndarray) -> Any:
         stream = self._streams[way]
         stream.wait_stream(torch.cuda.current_stream(self._device))
+        lists = [torch.from_numpy(each) for each in (sources, targets, sizes)]
         copy = self._swap if way == LOAD else ops.swap_blocks_batch
-        with torch.cuda.stream(stream):
-            if len(sizes):
-                # Host memory that nobody writes while it is loaded may be read ahead; a cache may not.
-                lists = [torch.from_numpy(each) for each in (sources, targets, sizes)]
-                copy(*lists, is_src_access_order_any=way == LOAD)
-            # Blocking: the thread that waits for it sleeps, and takes no core from the engine.
-            event = torch.cuda.Event(blocking=True)
-            event.record(stream)
-        # The driver may still read the lists.
-        return _Copy(event, lists if len(sizes) else [])
+        try:
+            with torch.cuda.stream(stream):
+                if len(sizes):
+                    # Host memory that nobody writes while it is loaded may be read ahead; a cache may not.
+                    copy(*lists, is_src_access_order_any=way == LOAD)
+                # Blocking: the thread that waits for it sleeps, and takes no core from the engine.
+                event = torch.cuda.Event(blocking=True)
+                event.record(stream)
+        except Exception:
+            # Some of it may be under way, and whoever gets those slots or blocks next must not find them written to.
+            stream.synchronize()
+            raise
+        return _Copy(event, lists)
 
     def register(self, address: int, size: int) -> bool:
         return int(torch.cuda.cudart().cudaHostRegister(address, size, PORTABLE)) == 0
@@ -54,6 +58,7 @@ class Cuda:
 class _Copy:
     def __init__(self, event: torch.cuda.Event, lists: list[torch.Tensor]):
         self._event = event
+        # The driver may read them until then.
         self._lists = lists
 
     def synchronize(self) -> None:

@@ -45,7 +45,8 @@ class Device(Protocol):
 
     def start(self, way: str, sources: np.ndarray, targets: np.ndarray, sizes: np.ndarray) -> Any:
         """Copies `sizes[i]` bytes from address `sources[i]` to `targets[i]` (int64, each) on the stream of that way,
-        after what the computing stream has to do now. Returns something with `synchronize()`."""
+        after what the computing stream has to do now. Returns something with `synchronize()`. If it raises, nothing
+        of it is under way any more."""
 
     def register(self, address: int, size: int) -> bool:
         """Pins host memory for this process; False where the driver will not."""
@@ -128,7 +129,11 @@ class DeviceCopier:
                 under_way.event.synchronize()
             except Exception as failed:
                 error = failed
-            under_way.then(error)
+            try:
+                under_way.then(error)
+            except Exception:
+                # This thread goes on: others wait for it.
+                report("after", "what follows a copy failed", exc_info=True)
 
     def _register(self) -> None:
         self._enter()

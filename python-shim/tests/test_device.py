@@ -236,6 +236,18 @@ def test_where_the_driver_will_not_pin_all_nothing_is_and_copies_go_on(monkeypat
     assert copier.close()
 
 
+def test_what_fails_after_a_copy_does_not_keep_others_waiting():
+    copier, over = DeviceCopier(FakeDevice(), arena_of(4)), threading.Event()
+
+    def fails(error) -> None:
+        raise RuntimeError("a defect")
+
+    copier.submit("save", [], fails)
+    copier.submit("save", [], lambda error: over.set())
+    assert over.wait(LIMIT)
+    assert copier.close()
+
+
 @pytest.mark.parametrize("stride", [64, 320, 4096, 73728, (1 << 20) + 64, 3 << 30])
 @pytest.mark.parametrize("slots", [1, 7, 5000])
 def test_pieces_end_where_rows_and_pages_do(stride, slots):
