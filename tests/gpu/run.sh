@@ -41,7 +41,14 @@ if [ ! -d "$model" ]; then
 fi
 for name in shared shared-unified; do
     sed "s#@MODEL@#$(realpath -m "$model")#; s#@PYTHON@#$python#" "tests/gpu/$name.toml" > "$out/$name.toml"
-    run "$binary" plan "$out/$name.toml"
+    if [ -n "$dry" ]; then
+        # 4: all is well but for the GPU that is not here. 3 would be a mistake in the topology.
+        code=0
+        "$binary" plan "$out/$name.toml" || code=$?
+        [ "$code" = 0 ] || [ "$code" = 4 ] || failed=1
+    else
+        run "$binary" plan "$out/$name.toml"
+    fi
 done
 
 step "cudarc: context, peer access, bandwidth, registration"
