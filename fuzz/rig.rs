@@ -53,6 +53,7 @@ pub fn hello(node: &str, kind: SessionKind) -> Hello {
         kind,
         rank: 0,
         world: 1,
+        replicated: false,
         namespace: [("model".to_owned(), "tiny".to_owned())].into(),
         row_bytes: match kind {
             SessionKind::Scheduler => 0,

@@ -45,6 +45,7 @@ fn fixture(capacity: u64, arena: ArenaPlan) -> Fixture {
         kind: SessionKind::Worker,
         rank: 0,
         world: 1,
+        replicated: false,
         namespace: [("model".to_owned(), "tiny".to_owned())].into(),
         row_bytes: 3000,
         pid: std::process::id(),

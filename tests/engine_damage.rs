@@ -90,6 +90,67 @@ async fn every_rank_has_a_checksum_of_its_own_for_every_slot_between_generations
 }
 
 #[tokio::test]
+async fn what_all_ranks_have_alike_is_stored_once_and_read_by_all() {
+    let fixture = verifying();
+    let alike = |node: &str, rank| Hello {
+        replicated: true,
+        ..of_rank(node, rank)
+    };
+    let of_scheduler = |node: &str| Hello {
+        world: 3,
+        replicated: true,
+        ..hello(node, SessionKind::Scheduler)
+    };
+    let join = |node: &str, rank| fixture.connect(alike(node, rank)).unwrap();
+    let mut p_workers: Vec<_> = (0..3).map(|rank| join("p", rank)).collect();
+    let mut p = fixture.connect(of_scheduler("p")).unwrap();
+    let mut d = fixture.connect(of_scheduler("d")).unwrap();
+    let d_workers: Vec<_> = (0..3).map(|rank| join("d", rank)).collect();
+    let welcome = *p_workers[0].welcome();
+    assert_eq!(welcome.stride, ROW.next_multiple_of(64));
+    for worker in p_workers.iter().chain(&d_workers) {
+        let told = worker.welcome();
+        assert_eq!(
+            (told.stride, told.rank_offset, told.checksum_offset),
+            (welcome.stride, 0, welcome.checksum_offset)
+        );
+    }
+
+    let k = key(1);
+    let keys: [&[u8]; 1] = [&k];
+    let places = refs(&p.store(query(&keys, None)).unwrap());
+    // Nobody but rank 0 can make it Ready.
+    p_workers[2].send(&commit(&places)).unwrap();
+    fixture.until("the commit is refused", |f| {
+        f.engine.stats().counters.stale_refs == 1
+    });
+    assert_eq!(fixture.engine.stats().ready, 0);
+    file(&p_workers[0])
+        .write_all_at(&[0x5a; ROW as usize], p_workers[0].offset(places[0]))
+        .unwrap();
+    p_workers[0].send(&commit(&places)).unwrap();
+    fixture.until("it is Ready", |f| f.engine.stats().ready == 1);
+    assert_eq!(d.lookup(query(&keys, None)).unwrap().states.as_slice(), [1]);
+    for worker in &d_workers {
+        let mut row = [0; ROW as usize];
+        let place = worker.offset(places[0]);
+        file(worker).read_exact_at(&mut row, place).unwrap();
+        assert_eq!(row, [0x5a; ROW as usize]);
+    }
+
+    // Who thinks otherwise would read a row that is not there.
+    let other = Hello {
+        incarnation: 2,
+        ..of_rank("p", 1)
+    };
+    let refused = fixture.connect(other).unwrap_err().to_string();
+    assert!(
+        refused.contains("replicated is true in the store and false at p"),
+        "{refused}"
+    );
+}
+
+#[tokio::test]
 async fn a_damaged_chunk_is_saved_anew_and_whoever_counted_on_it_is_told() {
     let fixture = verifying();
     let mut p_worker = fixture.join("p", SessionKind::Worker);

@@ -79,6 +79,7 @@ fn hello(node: Node, kind: SessionKind) -> Hello {
         kind,
         rank: 0,
         world: 1,
+        replicated: false,
         namespace: [("model".to_owned(), "benchmark".to_owned())].into(),
         row_bytes: match kind {
             SessionKind::Scheduler => 0,

@@ -5,7 +5,7 @@ import struct
 import msgspec
 import numpy as np
 
-VERSION = 2
+VERSION = 3
 MAX_FRAME = 16 * 1024 * 1024
 LENGTH = struct.Struct("<I")
 
@@ -34,6 +34,7 @@ class Hello(Message, tag="hello"):
     kind: str
     rank: int
     world: int
+    replicated: bool
     namespace: dict[str, str]
     row_bytes: int
     pid: int

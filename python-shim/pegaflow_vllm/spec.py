@@ -41,6 +41,8 @@ class PegaSpec(OffloadingSpec):
         self._settings = Settings.from_env()
         if self._settings is None:
             logger.warning("pegaflow: PEGAFLOW_KV_SOCKET is not set; this node serves without the store")
+        # Ranks that have the same KV (MLA): the stock worker stores from rank 0 only, where it knows of this.
+        self.replicated_layout = _replicated(self.config)
         # vLLM offers generated tokens only when told so; the manager takes them from decode legs.
         self.offload_prompt_only = not self._save_decoded
 
@@ -84,7 +86,13 @@ class PegaSpec(OffloadingSpec):
             kind=kind,
             rank=parallel.rank if kind == "worker" else 0,
             world=parallel.world_size,
+            replicated=self.replicated_layout,
             namespace=namespace.identity(settings, self._vllm_config, self._kv_cache_config),
             row_bytes=row_bytes,
             pid=os.getpid(),
         )
+
+
+def _replicated(config: Any) -> bool:
+    """Whether all ranks have the same pages; older versions do not say, and each rank keeps its own then."""
+    return bool(getattr(config, "replicated_layout", False)) and not getattr(config, "canonical_layout", False)

@@ -22,6 +22,7 @@ def hello(kind: str = "scheduler", **changes) -> Hello:
         "kind": kind,
         "rank": 0,
         "world": 1,
+        "replicated": False,
         "namespace": {"model": "tiny"},
         "row_bytes": 64 if kind == "worker" else 0,
         "pid": 1,
@@ -80,13 +81,13 @@ def make(engine, configs, monkeypatch):
 
     made = []
 
-    def build(name: str, batch: int = 512, timeout_ms: int = 10_000, **env: str) -> "Node":
+    def build(name: str, batch: int = 512, timeout_ms: int = 10_000, ranks: int = 1, **env: str) -> "Node":
         settings = {"SOCKET": engine.path, "TOKEN": "t", "TIMEOUT_MS": str(timeout_ms)} | env
         for key, value in settings.items():
             monkeypatch.setenv(f"PEGAFLOW_KV_{key}", value)
         monkeypatch.setenv("PEGAFLOW_NODE", name)
         monkeypatch.setenv("PEGAFLOW_INCARNATION", "1")
-        made.append(Node(configs[batch]))
+        made.append(Node(configs[batch], ranks))
         return made[-1]
 
     yield build

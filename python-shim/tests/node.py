@@ -4,12 +4,14 @@ The pretended model writes a byte per token into the KV cache, and samples from 
 request: wrong KV gives a wrong token.
 """
 
+import copy
 import json
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
@@ -86,14 +88,15 @@ PROMPT = prompt(1, 5 * BLOCK + 3)
 
 
 class Node:
-    """`name` must be in PEGAFLOW_NODE while it is made."""
+    """`name` must be in PEGAFLOW_NODE while it is made. With several ranks, each has the same KV."""
 
-    def __init__(self, config: SimpleNamespace):
+    def __init__(self, config: SimpleNamespace, ranks: int = 1):
         init_none_hash(sha256_cbor)
-        self.kv = torch.zeros(BLOCKS, 2, BLOCK, 1, 8, dtype=torch.bfloat16)
         # As in vLLM: workers first.
-        self.worker = PegaConnector(config.vllm, KVConnectorRole.WORKER, config.cache)
-        self.worker.register_kv_caches({LAYER: self.kv})
+        self.ranks = [Rank(config, rank, ranks) for rank in range(ranks)]
+        self.aggregator = KVOutputAggregator(ranks)
+        self.worker = self.ranks[0].worker
+        config = of_rank(config, 0, ranks)
         self.scheduler = Scheduler(
             config.vllm, config.cache, StructuredOutputManager(config.vllm), block_size=BLOCK, log_stats=True
         )
@@ -131,36 +134,29 @@ class Node:
             between()
         # As between processes.
         connector_meta = pickle.loads(pickle.dumps(output.kv_connector_metadata))
-        self.worker.handle_preemptions(connector_meta)
-        self.worker.bind_connector_metadata(connector_meta)
+        for rank in self.ranks:
+            rank.worker.handle_preemptions(connector_meta)
+            rank.worker.bind_connector_metadata(connector_meta)
         sampled = self._forward(output)
-        self.worker.start_load_kv(None)
-        self.worker.wait_for_save()
-        connector_output = self._results(output.finished_req_ids)
+        ids = list(sampled)
+        results = []
+        for rank in self.ranks:
+            result = ModelRunnerOutput(
+                req_ids=ids,
+                req_id_to_index={request_id: at for at, request_id in enumerate(ids)},
+                sampled_token_ids=[sampled[request_id] for request_id in ids],
+                kv_connector_output=rank.results(output.finished_req_ids),
+            )
+            results.append(pickle.loads(pickle.dumps(result)))
+        result = self.aggregator.aggregate(results) if len(results) > 1 else results[0]
+        connector_output = result.kv_connector_output
+        self.failed += sorted(connector_output.failed_recving)
         for job in connector_meta.load_jobs.values():
             if job.req_id not in connector_output.failed_recving:
                 self.loads.append(len(job.src_spec.refs) // 8)
-        self.worker.clear_connector_metadata()
-        ids = list(sampled)
-        result = ModelRunnerOutput(
-            req_ids=ids,
-            req_id_to_index={request_id: at for at, request_id in enumerate(ids)},
-            sampled_token_ids=[sampled[request_id] for request_id in ids],
-            kv_connector_output=pickle.loads(pickle.dumps(connector_output)),
-        )
         self.scheduler.update_from_output(output, result)
         for request_id, tokens in sampled.items():
             self.answers[request_id] += tokens
-
-    def _results(self, finished: set[str]) -> KVConnectorOutput:
-        output = KVConnectorOutput()
-        results = self.worker.get_transfer_results(finished)
-        output.finished_sending, output.finished_recving = results.finished_sending, results.finished_recving
-        output.failed_recving = results.failed_recving
-        self.failed += sorted(results.failed_recving)
-        output.invalid_block_ids = self.worker.get_block_ids_with_load_errors()
-        output.kv_connector_worker_meta = self.worker.build_connector_worker_meta()
-        return output
 
     def _forward(self, output) -> dict[str, list[int]]:
         sampled: dict[str, list[int]] = {}
@@ -170,17 +166,57 @@ class Node:
             # The scheduler has counted this step's tokens already.
             end = request.num_computed_tokens
             for position in range(end - count, end):
-                self.kv[blocks[position // BLOCK], :, position % BLOCK] = request.all_token_ids[position] % 251
+                for rank in self.ranks:
+                    rank.kv[blocks[position // BLOCK], :, position % BLOCK] = request.all_token_ids[position] % 251
             if end < request.num_tokens:
                 sampled[request_id] = []
                 continue
-            held = [float(self.kv[blocks[at // BLOCK], 0, at % BLOCK, 0, 0]) * (at + 1) for at in range(end)]
-            sampled[request_id] = [300 + int(sum(held)) % 1500]
+            answers = {rank.sample(blocks, end) for rank in self.ranks}
+            assert len(answers) == 1, f"the ranks of {request_id} differ: {answers}"
+            sampled[request_id] = [answers.pop()]
         return sampled
 
     def close(self) -> None:
-        self.worker.shutdown()
+        for rank in self.ranks:
+            rank.worker.shutdown()
         self.scheduler.shutdown()
+
+
+class Rank:
+    """A worker and its KV cache."""
+
+    def __init__(self, config: SimpleNamespace, rank: int, ranks: int):
+        config = of_rank(config, rank, ranks)
+        self.kv = torch.zeros(BLOCKS, 2, BLOCK, 1, 8, dtype=torch.bfloat16)
+        self.worker = PegaConnector(config.vllm, KVConnectorRole.WORKER, config.cache)
+        self.worker.register_kv_caches({LAYER: self.kv})
+
+    def results(self, finished: set[str]) -> KVConnectorOutput:
+        """What comes after the forward of a step."""
+        self.worker.start_load_kv(None)
+        self.worker.wait_for_save()
+        output = KVConnectorOutput()
+        results = self.worker.get_transfer_results(finished)
+        output.finished_sending, output.finished_recving = results.finished_sending, results.finished_recving
+        output.failed_recving = results.failed_recving
+        output.invalid_block_ids = self.worker.get_block_ids_with_load_errors()
+        output.kv_connector_worker_meta = self.worker.build_connector_worker_meta()
+        self.worker.clear_connector_metadata()
+        return output
+
+    def sample(self, blocks: list[int], end: int) -> int:
+        held = [float(self.kv[blocks[at // BLOCK], 0, at % BLOCK, 0, 0]) * (at + 1) for at in range(end)]
+        return 300 + int(sum(held)) % 1500
+
+
+def of_rank(config: SimpleNamespace, rank: int, ranks: int) -> SimpleNamespace:
+    if ranks == 1:
+        return config
+    vllm = copy.copy(config.vllm)
+    vllm.parallel_config = copy.copy(vllm.parallel_config)
+    vllm.parallel_config.rank = rank
+    vllm.parallel_config.world_size = vllm.parallel_config.tensor_parallel_size = ranks
+    return SimpleNamespace(vllm=vllm, cache=config.cache)
 
 
 def hand_off(p: Node, d: Node, engine: ToyEngine, ids: list[int], name: str, tokens: int = 4) -> list[int]:

@@ -39,7 +39,8 @@ class Namespace:
     fields: dict[str, str]
     fd: int
     arena: mmap.mmap
-    world: int
+    writers: int
+    """Ranks with a row of their own."""
     row_bytes: int
     slots: int
     header_bytes: int
@@ -49,7 +50,7 @@ class Namespace:
 
     @property
     def stride(self) -> int:
-        return self.row_bytes * self.world
+        return self.row_bytes * self.writers
 
     @property
     def generations(self) -> np.ndarray:
@@ -229,12 +230,13 @@ class ToyEngine:
         space = self._space_of(hello)
         if space is None and hello.kind == "worker":
             sums = 4 * self.slots if self.verify else 0
-            header = -(-(4 * self.slots + sums * hello.world) // 4096) * 4096
-            size = header + self.slots * hello.row_bytes * hello.world
+            writers = 1 if hello.replicated else hello.world
+            header = -(-(4 * self.slots + sums * writers) // 4096) * 4096
+            size = header + self.slots * hello.row_bytes * writers
             fd = os.memfd_create("toy-arena", os.MFD_CLOEXEC)
             os.ftruncate(fd, size)
             space = Namespace(
-                hello.namespace, fd, mmap.mmap(fd, size), hello.world, hello.row_bytes, self.slots, header,
+                hello.namespace, fd, mmap.mmap(fd, size), writers, hello.row_bytes, self.slots, header,
                 list(range(self.slots)), sums,
             )  # fmt: skip
             with self._lock:
@@ -244,15 +246,16 @@ class ToyEngine:
                 epoch=0, session=1, slots=0, stride=0, rank_offset=0, header_bytes=0, arena_bytes=0, checksum_offset=0
             )
         else:
+            row = 0 if hello.replicated else hello.rank
             welcome = Welcome(
                 epoch=self.epoch,
                 session=1,
                 slots=space.slots,
                 stride=space.stride,
-                rank_offset=hello.rank * space.row_bytes,
+                rank_offset=row * space.row_bytes,
                 header_bytes=space.header_bytes,
                 arena_bytes=len(space.arena),
-                checksum_offset=space.checksum_offset and space.checksum_offset + hello.rank * 4 * space.slots,
+                checksum_offset=space.checksum_offset and space.checksum_offset + row * 4 * space.slots,
             )
         rights = []
         if hello.kind == "worker" and space is not None:
@@ -301,7 +304,7 @@ class ToyEngine:
                     continue
                 slot = space.free.pop(0)
                 space.generations[slot] += 1
-                space.chunks[key] = Chunk(slot, int(space.generations[slot]), space.world, owner)
+                space.chunks[key] = Chunk(slot, int(space.generations[slot]), space.writers, owner)
                 new.append(index)
                 refs += space.chunks[key].ref
         return Granted(seq=message.seq, ok=True, new=np.array(new, dtype="<u4").tobytes(), refs=refs)

@@ -2,9 +2,12 @@
 //!
 //! ```text
 //! 0             checksum_offset                header_bytes                                 arena_bytes
-//! ├─ u32 × slots ─┼─ world × (u32 × slots) ──────┼─ slot 0: rank 0 | rank 1 | .. ─┼─ slot 1: .. ─┤
-//!   generations     checksums, if there are any    stride ≥ row_bytes × world
+//! ├─ u32 × slots ─┼─ writers × (u32 × slots) ────┼─ slot 0: rank 0 | rank 1 | .. ─┼─ slot 1: .. ─┤
+//!   generations     checksums, if there are any    stride ≥ row_bytes × writers
 //! ```
+//!
+//! A slot has a row of each rank that writes: of every one, or of rank 0 alone where all ranks have
+//! the same KV.
 //!
 //! The checksums are the workers': the engine makes room for them, and neither writes nor reads them.
 //!
@@ -50,8 +53,8 @@ pub const FIRST_GENERATION: u32 = 1;
 pub struct Rows {
     /// Of one rank.
     pub bytes: u64,
-    /// One row of each rank.
-    pub world: u32,
+    /// One row of each.
+    pub writers: u32,
     /// With a checksum of each.
     pub verify: bool,
 }
@@ -72,15 +75,15 @@ impl Shape {
     /// The most slots that fit into `capacity` bytes; `None` when not even one does. A capacity of
     /// whole 2 MiB makes an arena of whole 2 MiB, as huge pages need it.
     pub fn fit(capacity: u64, rows: Rows) -> Option<Self> {
-        let world = u64::from(rows.world);
+        let writers = u64::from(rows.writers);
         let stride = rows
             .bytes
-            .checked_mul(world)?
+            .checked_mul(writers)?
             .checked_next_multiple_of(LINE)?;
         if stride == 0 {
             return None;
         }
-        let checksums = if rows.verify { CELL * world } else { 0 };
+        let checksums = if rows.verify { CELL * writers } else { 0 };
         let generations = |slots: u64| (slots * CELL).next_multiple_of(LINE);
         let header = |slots: u64| (generations(slots) + slots * checksums).next_multiple_of(PAGE);
         let most = capacity.checked_sub(PAGE)? / stride;
@@ -189,14 +192,14 @@ mod tests {
         fn a_shape_fits_and_wastes_less_than_a_slot_and_two_pages(
             capacity in 0..1u64 << 40,
             row_bytes in 1..1u64 << 24,
-            world in 1..64u32,
+            writers in 1..64u32,
             verify: bool,
         ) {
-            let stride = (row_bytes * u64::from(world)).next_multiple_of(64);
-            match Shape::fit(capacity, Rows { bytes: row_bytes, world, verify }) {
+            let stride = (row_bytes * u64::from(writers)).next_multiple_of(64);
+            match Shape::fit(capacity, Rows { bytes: row_bytes, writers, verify }) {
                 Some(shape) => {
                     let slots = u64::from(shape.slots);
-                    let sums = if verify { slots * 4 * u64::from(world) } else { 0 };
+                    let sums = if verify { slots * 4 * u64::from(writers) } else { 0 };
                     prop_assert_eq!(shape.stride, stride);
                     prop_assert!(shape.header_bytes >= slots * 4 + sums);
                     prop_assert!(shape.header_bytes.is_multiple_of(PAGE));
@@ -205,7 +208,7 @@ mod tests {
                     prop_assert!(shape.checksum_offset + sums <= shape.header_bytes);
                     prop_assert!(shape.header_bytes + slots * stride <= capacity);
                     prop_assert!(shape.header_bytes + slots * stride <= shape.arena_bytes);
-                    let each = stride + 4 + if verify { 4 * u64::from(world) } else { 0 };
+                    let each = stride + 4 + if verify { 4 * u64::from(writers) } else { 0 };
                     prop_assert!(capacity - slots * each < each + 2 * PAGE);
                 }
                 None => prop_assert!(capacity < stride + PAGE),
@@ -216,11 +219,11 @@ mod tests {
         fn whole_huge_pages_stay_whole_and_within_the_capacity(
             pages in 1..1u64 << 20,
             row_bytes in 1..1u64 << 24,
-            world in 1..64u32,
+            writers in 1..64u32,
         ) {
             let capacity = pages * HUGE_PAGE;
             let verify = pages % 2 == 0;
-            if let Some(shape) = Shape::fit(capacity, Rows { bytes: row_bytes, world, verify }) {
+            if let Some(shape) = Shape::fit(capacity, Rows { bytes: row_bytes, writers, verify }) {
                 prop_assert!(shape.arena_bytes.is_multiple_of(HUGE_PAGE));
                 prop_assert!(shape.arena_bytes <= capacity);
             }
@@ -231,7 +234,7 @@ mod tests {
     fn the_file_is_sealed_and_generations_are_shared() {
         let rows = Rows {
             bytes: 1000,
-            world: 2,
+            writers: 2,
             verify: false,
         };
         let shape = Shape::fit(1 << 20, rows).unwrap();

@@ -70,15 +70,15 @@ pub struct Index {
 }
 
 impl Index {
-    /// For chunks that `world` ranks write.
-    pub fn new(slots: u32, world: u32) -> Self {
+    /// For chunks that the first `writers` ranks write.
+    pub fn new(slots: u32, writers: u32) -> Self {
         Self {
             slots: Vec::with_capacity(slots as usize),
             capacity: slots,
             free: Vec::new(),
             by_key: Table::new(slots),
             hasher: RandomState::default(),
-            writes: Writes::new(world),
+            writes: Writes::new(writers),
             order: Order::new(slots),
             leased: 0,
             damaged: 0,

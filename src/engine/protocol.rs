@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 
 /// The version in `hello`.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// The longest frame after the handshake, in bytes.
 pub const MAX_FRAME: usize = 16 << 20;
 /// The longest `hello`, in bytes: what a peer may send before it has shown the token.
@@ -121,6 +121,8 @@ pub struct Hello {
     pub kind: SessionKind,
     pub rank: u32,
     pub world: u32,
+    /// Every rank has the same KV (MLA under tensor parallelism): rank 0 writes it, all read it.
+    pub replicated: bool,
     pub namespace: Namespace,
     /// Bytes that this rank writes per chunk; 0 from a scheduler.
     pub row_bytes: u64,

@@ -38,6 +38,7 @@ use std::time::{Duration, Instant};
 
 use serde_bytes::ByteBuf;
 
+use self::admission::Terms;
 use super::arena::Shape;
 use super::handoffs::{Handoff, Handoffs, NewHandoff, Number, Stage};
 use super::index::{Committed, Discarded, Index, Owner, Waiter, Writer};
@@ -116,8 +117,8 @@ pub struct Store {
     config: StoreConfig,
     /// Of the arena; meaningless while there is none.
     epoch: u64,
-    /// What all sessions agree on, with the number of ranks.
-    namespace: Option<(Namespace, u32)>,
+    /// What all sessions agree on.
+    terms: Option<Terms>,
     shape: Option<Shape>,
     index: Index,
     handoffs: Handoffs,
@@ -202,7 +203,7 @@ impl Store {
     pub fn new(config: StoreConfig) -> Self {
         Self {
             epoch: config.first_epoch.saturating_sub(1),
-            namespace: None,
+            terms: None,
             shape: None,
             index: Index::new(0, 1),
             handoffs: Handoffs::new(config.handoff_deadline),
@@ -284,7 +285,7 @@ impl Store {
                 departed.since = departed.since.into_iter().chain(request.since).min();
                 departed.leases.extend(request.leases);
             }
-            departed.reading = all_ranks(self.namespace.as_ref().map_or(1, |(_, world)| *world));
+            departed.reading = all_ranks(self.terms.as_ref().map_or(1, |terms| terms.world));
         }
         let waiters = self.index.discard_all(&owner);
         self.sync_generations();

@@ -42,6 +42,8 @@ pub fn run(process: Process) {
         links,
         requests: 0,
     };
+    // All workers are admitted.
+    scheduler.wait();
     let mut under_way = VecDeque::new();
     loop {
         let turn = if producer {

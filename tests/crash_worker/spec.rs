@@ -195,6 +195,7 @@ pub fn hello(spec: &Spec, kind: SessionKind) -> Hello {
         kind,
         rank,
         world: spec.world,
+        replicated: false,
         namespace: BTreeMap::from([("model".to_owned(), "crash".to_owned())]),
         row_bytes: match kind {
             SessionKind::Scheduler => 0,

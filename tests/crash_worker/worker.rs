@@ -45,6 +45,9 @@ pub fn run(process: Process, rank: u32) {
         link,
         client,
     };
+    // A first hello ends leases like a later one, so no job may come before it: vLLM, too, has its
+    // workers before its scheduler speaks.
+    worker.link.done();
     // Jobs that are still in the link are done even when the scheduler is dead.
     while let Some(job) = worker.link.next() {
         worker.work(&job);

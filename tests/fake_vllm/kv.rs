@@ -68,6 +68,7 @@ fn handshake(args: &Args, kind: SessionKind) -> Option<(StdStream, Welcome, Opti
         kind,
         rank: args.rank,
         world: args.tensor_parallel,
+        replicated: false,
         namespace,
         row_bytes: if kind == SessionKind::Worker {
             ROW_BYTES as u64

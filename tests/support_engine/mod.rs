@@ -89,6 +89,7 @@ pub fn hello(node: &str, kind: SessionKind) -> Hello {
         kind,
         rank: 0,
         world: 1,
+        replicated: false,
         namespace: [("dtype", "bfloat16"), ("model", "tiny")]
             .map(|(k, v)| (k.to_owned(), v.to_owned()))
             .into(),

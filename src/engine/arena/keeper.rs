@@ -94,7 +94,7 @@ mod tests {
     fn shape() -> Shape {
         let rows = Rows {
             bytes: 1000,
-            world: 1,
+            writers: 1,
             verify: false,
         };
         Shape::fit(1 << 20, rows).unwrap()

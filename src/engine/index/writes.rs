@@ -20,7 +20,7 @@ pub struct Writes {
     /// The same slots.
     owners: BTreeMap<Owner, BTreeSet<u32>>,
     quarantined: u32,
-    /// A bit per rank.
+    /// A bit per rank that writes.
     all: u64,
 }
 
@@ -43,7 +43,7 @@ enum State {
 /// What became of a slot when a rank was done with it.
 #[derive(Debug)]
 pub enum Done {
-    /// Not being written, or not by this owner.
+    /// Not being written, or not by this rank of this owner.
     Unknown,
     Partly,
     /// Every rank has committed; these waited.
@@ -55,12 +55,12 @@ pub enum Done {
 }
 
 impl Writes {
-    pub fn new(world: u32) -> Self {
+    pub fn new(writers: u32) -> Self {
         Self {
             slots: HashMap::new(),
             owners: BTreeMap::new(),
             quarantined: 0,
-            all: u64::MAX.checked_shr(64 - world.min(64)).unwrap_or(0),
+            all: u64::MAX.checked_shr(64 - writers.min(64)).unwrap_or(0),
         }
     }
 
@@ -120,10 +120,11 @@ impl Writes {
         let Some(write) = self.slots.get_mut(&at.slot) else {
             return Done::Unknown;
         };
-        if !write.is(at, &by.owner) {
+        let writer = bit(by.rank) & self.all;
+        if !write.is(at, &by.owner) || writer == 0 {
             return Done::Unknown;
         }
-        write.done |= bit(by.rank);
+        write.done |= writer;
         match (&mut write.state, write.done == self.all) {
             (State::Pending(_), false) => Done::Partly,
             (State::Quarantined, false) => Done::Abandoned,
@@ -170,7 +171,7 @@ impl Writes {
             if let Some(write) = self.slots.get_mut(&slot)
                 && matches!(write.state, State::Quarantined)
             {
-                write.done |= bit(by.rank);
+                write.done |= bit(by.rank) & self.all;
                 if write.done == self.all {
                     freed.push(slot);
                 }

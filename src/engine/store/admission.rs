@@ -1,6 +1,6 @@
 //! Who may speak to the store: the checks of `hello`, and the namespace that all sessions share.
 //!
-//! The first session fixes the namespace and the number of ranks, the first worker the row size
+//! The first session fixes the terms (namespace, number of ranks, who of them writes), the first worker the row size
 //! and with it the arena. When nobody is connected and nothing is held, the next one may bring
 //! another namespace, and the arena is made anew.
 
@@ -11,6 +11,29 @@ use crate::engine::stats::RefusedSession;
 
 /// As many as fit into the bitset of a Pending chunk.
 const MAX_WORLD: u32 = 64;
+
+/// What every session must bring alike.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Terms {
+    pub namespace: Namespace,
+    pub world: u32,
+    pub replicated: bool,
+}
+
+impl Terms {
+    fn of(hello: &Hello) -> Self {
+        Self {
+            namespace: hello.namespace.clone(),
+            world: hello.world,
+            replicated: hello.replicated,
+        }
+    }
+
+    /// How many ranks write a row of each chunk.
+    fn writers(&self) -> u32 {
+        if self.replicated { 1 } else { self.world }
+    }
+}
 
 struct Refusal {
     code: RefusalCode,
@@ -86,15 +109,13 @@ impl Store {
         self.check_peer(hello)?;
         if self.is_idle() && !self.agrees(hello) {
             self.forget_arena();
-            self.namespace = None;
+            self.terms = None;
         }
         self.check_namespace(hello)?;
         if hello.kind == SessionKind::Worker {
             self.fix_rows(hello)?;
         }
-        let world = hello.world;
-        self.namespace
-            .get_or_insert_with(|| (hello.namespace.clone(), world));
+        self.terms.get_or_insert_with(|| Terms::of(hello));
         self.replace(hello);
         if hello.kind == SessionKind::Worker {
             self.returned(&Writer {
@@ -112,9 +133,10 @@ impl Store {
             requests: HashMap::new(),
         };
         self.sessions.insert(id, session);
-        let rank = match hello.kind {
-            SessionKind::Scheduler => 0,
-            SessionKind::Worker => u64::from(hello.rank),
+        // Of a replicated layout, all ranks read and check what rank 0 has written.
+        let row = match hello.kind {
+            SessionKind::Worker if !hello.replicated => u64::from(hello.rank),
+            SessionKind::Worker | SessionKind::Scheduler => 0,
         };
         Ok(match self.arena() {
             Some((epoch, shape)) => Welcome {
@@ -122,10 +144,10 @@ impl Store {
                 session: id,
                 slots: shape.slots,
                 stride: shape.stride,
-                rank_offset: rank * shape.row_bytes,
+                rank_offset: row * shape.row_bytes,
                 header_bytes: shape.header_bytes,
                 arena_bytes: shape.arena_bytes,
-                checksum_offset: shape.checksum_offset_of(rank),
+                checksum_offset: shape.checksum_offset_of(row),
             },
             None => Welcome {
                 epoch: 0,
@@ -200,14 +222,16 @@ impl Store {
             (SessionKind::Worker, Some(shape)) => shape.row_bytes == hello.row_bytes,
             _ => true,
         };
-        let known = self.namespace.as_ref();
-        rows && known.is_some_and(|(namespace, world)| {
-            *namespace == hello.namespace && *world == hello.world
-        })
+        rows && self.terms.as_ref() == Some(&Terms::of(hello))
     }
 
     fn check_namespace(&self, hello: &Hello) -> Result<(), Refusal> {
-        let Some((namespace, world)) = &self.namespace else {
+        let Some(Terms {
+            namespace,
+            world,
+            replicated,
+        }) = &self.terms
+        else {
             return Ok(());
         };
         let mut differing: Vec<(&str, String, String)> = Vec::new();
@@ -221,6 +245,10 @@ impl Store {
         }
         if *world != hello.world {
             differing.push(("world", world.to_string(), hello.world.to_string()));
+        }
+        if *replicated != hello.replicated {
+            let show = |value: bool| value.to_string();
+            differing.push(("replicated", show(*replicated), show(hello.replicated)));
         }
         if differing.is_empty() {
             return Ok(());
@@ -254,20 +282,21 @@ impl Store {
             return Err(Refusal::new(RefusalCode::RowBytes, message));
         }
         let capacity = self.config.capacity;
+        let writers = Terms::of(hello).writers();
         let rows = Rows {
             bytes: hello.row_bytes,
-            world: hello.world,
+            writers,
             verify: self.config.verify,
         };
         let shape = Shape::fit(capacity, rows).ok_or_else(|| {
             let message = format!(
-                "{capacity} bytes do not hold one chunk of {} rows of {} bytes; raise the store's capacity",
-                hello.world, hello.row_bytes
+                "{capacity} bytes do not hold one chunk of {writers} rows of {} bytes; raise the store's capacity",
+                hello.row_bytes
             );
             Refusal::new(RefusalCode::Capacity, message)
         })?;
         self.shape = Some(shape);
-        self.index = Index::new(shape.slots, hello.world);
+        self.index = Index::new(shape.slots, writers);
         self.epoch += 1;
         Ok(())
     }

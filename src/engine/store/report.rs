@@ -24,7 +24,7 @@ impl Store {
             evictions: self.index.evictions(),
             oldest_lease_seconds: oldest.fold(0.0, f64::max),
             oldest_pending_seconds: pending.map_or(0.0, |since| age(since, now).as_secs_f64()),
-            namespace: self.namespace.clone().unwrap_or_default().0,
+            namespace: self.terms.clone().unwrap_or_default().namespace,
             sessions: self.sessions.values().map(Session::stats).collect(),
             counters: self.counters.clone(),
             pools: BTreeMap::new(),
@@ -33,13 +33,13 @@ impl Store {
 
     /// `None` while there is none.
     pub fn namespace(&self) -> Option<NamespaceInfo> {
-        let (fields, world) = self.namespace.as_ref()?;
+        let terms = self.terms.as_ref()?;
         let census = self.index.census();
         Some(NamespaceInfo {
             pool: String::new(),
             epoch: self.arena().map_or(0, |(epoch, _)| epoch),
-            fields: fields.clone(),
-            world: *world,
+            fields: terms.namespace.clone(),
+            world: terms.world,
             sessions: self.sessions.len(),
             slots: self.index.slots(),
             free: census.free,

@@ -33,6 +33,7 @@ fn hello(node: usize, incarnation: u64, rank: Option<u32>) -> Hello {
         kind: rank.map_or(SessionKind::Scheduler, |_| SessionKind::Worker),
         rank: rank.unwrap_or(0),
         world: WORLD,
+        replicated: false,
         namespace: Namespace::new(),
         row_bytes: if rank.is_some() { 32 } else { 0 },
         pid: 1,
