@@ -1,4 +1,4 @@
-//! `pegaflow doctor` as a command, on scripted drivers: the real nvml-wrapper and the real cudarc.
+//! `pegaflow doctor`, and `pegaflow plan --probe`, as commands on scripted drivers: the real nvml-wrapper and the real cudarc.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -59,6 +59,10 @@ impl Machine {
     }
 
     fn command(&self, args: &[&str]) -> Command {
+        self.verb("doctor", &[&["--json"], args].concat())
+    }
+
+    fn verb(&self, verb: &str, args: &[&str]) -> Command {
         let topology = format!(
             "model = \"./model\"\n[runtime]\nkind = \"python\"\npython = \"./python\"\n\
              [router]\nlisten = \"127.0.0.1:{}\"\n[kv]\ncapacity = \"32MiB\"\nhugepages = \"off\"\n\
@@ -68,7 +72,7 @@ impl Machine {
         fs::write(self.path("t.toml"), topology).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_pegaflow"));
         command
-            .args(["doctor", "t.toml", "--json"])
+            .args([verb, "t.toml"])
             .args(args)
             .current_dir(self.dir.path())
             .env("HOME", self.path("home"))
@@ -199,6 +203,49 @@ fn each_fault_of_a_gpu_is_found() {
     fs::remove_file(machine.path("libcuda.so.1")).unwrap();
     machine.gpus(&format!("0 GPU-a {0} {0} 0 1\n", 80 * GIB));
     machine.doctor("").assert_failed("copy 0", "libcuda");
+    machine.assert_nothing_left();
+}
+
+#[test]
+fn a_plan_shows_what_the_probe_of_its_gpus_found() {
+    let machine = Machine::new();
+    let plan = |cuda: &str, args: &[&str]| {
+        let mut command = machine.verb("plan", args);
+        let output = command.env("FAKE_CUDA", cuda).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let json = |cuda: &str, args: &[&str]| -> Value {
+        serde_json::from_str(&plan(cuda, &[&["--json"], args].concat())).unwrap()
+    };
+    // Nobody asked for it: no context on a GPU that may be at work.
+    let unprobed = json("nolock", &[]);
+    assert!(unprobed["nodes"][0]["gpus"][0].get("probe").is_none());
+
+    let probed = json("", &["--probe"]);
+    for node in [0, 1] {
+        let gpus = probed["nodes"][node]["gpus"].as_array().unwrap();
+        let [gpu] = gpus.as_slice() else {
+            panic!("{gpus:?}");
+        };
+        let what = gpu["probe"].as_str().unwrap();
+        assert!(what.contains("GB/s to the GPU"), "{what}");
+    }
+    let text = plan("", &["--probe"]);
+    assert!(text.contains("  GPU 1: "), "{text}");
+    let told = |plan: &Value, text: &str| {
+        let warnings = plan["warnings"].as_array().unwrap();
+        let texts = warnings.iter().filter_map(Value::as_str);
+        texts.filter(|warning| warning.contains(text)).count()
+    };
+    assert_eq!(told(&probed, "GPU "), 0, "{}", probed["warnings"]);
+    let unlocked = json("nolock", &["--probe"]);
+    assert_eq!(told(&unlocked, "cuMemHostRegister"), 2);
+    assert_eq!(told(&unlocked, "ulimit -l"), 2);
+    let one = ["--probe", "--set", "node[1].gpus=[1]"];
+    assert_eq!(told(&json("slow", &one), "the link is slow"), 2);
+    fs::remove_file(machine.path("libcuda.so.1")).unwrap();
+    assert_eq!(told(&json("", &["--probe"]), "libcuda is missing"), 2);
     machine.assert_nothing_left();
 }
 

@@ -4,6 +4,7 @@ mod finding;
 mod machine;
 mod probes;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -27,6 +28,8 @@ use machine::{Room, Wanted};
 pub use probes::{ProbeArgs, probe_main};
 
 const GIB: u64 = 1 << 30;
+/// How long the measurement of one GPU may take where nobody says otherwise.
+const GPU_LIMIT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
@@ -50,7 +53,10 @@ pub fn doctor(args: DoctorArgs) -> Result<(), Exit> {
         set: args.set,
     });
     let topology = topology.as_ref().map(TopologyArgs::load).transpose()?;
-    let findings = converse(findings(topology.as_ref(), args.gpu_limit))?;
+    let limit = args.gpu_limit;
+    let findings = converse(with_children(async |job| {
+        findings(topology.as_ref(), limit, job).await
+    }))?;
     let failed = findings.iter().filter(|finding| finding.failed()).count();
     print(if json {
         format!("{:#}\n", json!({ "failed": failed, "findings": findings }))
@@ -66,7 +72,8 @@ pub fn doctor(args: DoctorArgs) -> Result<(), Exit> {
     }
 }
 
-async fn findings(topology: Option<&Topology>, gpu_limit: Duration) -> Result<Vec<Finding>, Exit> {
+/// Does it with children of its own, until a signal comes.
+async fn with_children<T>(work: impl AsyncFnOnce(Job<'_>) -> Result<T, Exit>) -> Result<T, Exit> {
     let shutdown = Shutdown::default();
     let _signals = SignalListener::install(shutdown.clone())
         .map_err(|error| Exit::failed("cannot listen for signals", error))?;
@@ -74,11 +81,23 @@ async fn findings(topology: Option<&Topology>, gpu_limit: Duration) -> Result<Ve
         program: guard_program()?,
         run_dir: None,
     };
-    let job = Job {
+    let done = work(Job {
         ui: &NoProgress,
         cancel: shutdown.graceful(),
         guard: &guard,
-    };
+    });
+    let done = done.await;
+    match shutdown.graceful().is_cancelled() {
+        true => Err(Exit::Interrupted),
+        false => done,
+    }
+}
+
+async fn findings(
+    topology: Option<&Topology>,
+    gpu_limit: Duration,
+    job: Job<'_>,
+) -> Result<Vec<Finding>, Exit> {
     let (host, mut all) = match host::look_within(plan::LOOK_LIMIT) {
         Ok(host) => {
             let wanted = Wanted::of(topology, &host);
@@ -113,10 +132,23 @@ async fn findings(topology: Option<&Topology>, gpu_limit: Duration) -> Result<Ve
     for gpu in host.gpus.iter().filter(|gpu| !gpu.mig) {
         all.push(probes::gpu(gpu, &host, gpu_limit, job).await);
     }
-    match shutdown.graceful().is_cancelled() {
-        true => Err(Exit::Interrupted),
-        false => Ok(all),
-    }
+    Ok(all)
+}
+
+/// Measures the GPUs with these indices, one after the other: they share the memory's bandwidth.
+pub async fn probe(
+    host: &HostSnapshot,
+    chosen: &BTreeSet<u32>,
+) -> Result<Vec<(u32, Finding)>, Exit> {
+    with_children(async |job| {
+        let mut found = Vec::new();
+        let gpus = host.gpus.iter().filter(|gpu| chosen.contains(&gpu.index));
+        for gpu in gpus.filter(|gpu| !gpu.mig) {
+            found.push((gpu.index, probes::gpu(gpu, host, GPU_LIMIT, job).await));
+        }
+        Ok(found)
+    })
+    .await
 }
 
 fn rooms(topology: Option<&Topology>) -> Vec<Room> {

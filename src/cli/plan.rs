@@ -1,11 +1,14 @@
 //! `pegaflow plan`: what `up` would run here, without starting, installing or downloading anything.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::client::converse;
+use super::doctor;
 use super::prepare::Run;
 use super::topology_args::TopologyArgs;
 use super::{Exit, print};
@@ -20,13 +23,16 @@ pub const LOOK_LIMIT: Duration = Duration::from_secs(30);
 pub struct PlanArgs {
     #[command(flatten)]
     topology: TopologyArgs,
+    /// Measure each chosen GPU's way to the store's memory, as `doctor` does (seconds per GPU)
+    #[arg(long)]
+    probe: bool,
     /// Print JSON, also for what stands against it
     #[arg(long)]
     json: bool,
 }
 
 pub fn plan(args: &PlanArgs) -> Result<(), Exit> {
-    let outcome = report(&args.topology);
+    let outcome = report(&args.topology, args.probe);
     if !args.json {
         return print(outcome?.text());
     }
@@ -43,7 +49,7 @@ pub fn plan(args: &PlanArgs) -> Result<(), Exit> {
     }
 }
 
-fn report(args: &TopologyArgs) -> Result<Report, Exit> {
+fn report(args: &TopologyArgs, probe: bool) -> Result<Report, Exit> {
     let topology = args.load()?;
     let machine = |error: anyhow::Error| Exit::Machine(error);
     let run_dir = instance::run_dir(&topology.name).map_err(|error| machine(error.into()))?;
@@ -77,6 +83,16 @@ fn report(args: &TopologyArgs) -> Result<Report, Exit> {
     let plan = run.plan(&host, launcher, model, others)?;
     let mut report = Report::new(&plan, &host, &topology.secrets);
     notes.into_iter().for_each(|note| report.warn(note));
+    if probe {
+        let chosen = plan.nodes.iter().flat_map(|node| node.gpus.iter().copied());
+        let chosen: BTreeSet<u32> = chosen.collect();
+        for (gpu, found) in converse(doctor::probe(&host, &chosen))? {
+            report.probed(gpu, found.what.clone());
+            if let Some(remedy) = found.status.remedy() {
+                report.warn(format!("GPU {gpu}: {} -> {remedy}", found.what));
+            }
+        }
+    }
     Ok(report)
 }
 

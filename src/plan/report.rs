@@ -101,6 +101,9 @@ struct Gpu {
     numa_node: Option<u32>,
     memory_total: Option<u64>,
     memory_free: Option<u64>,
+    /// Of its way to the store's memory, where that was measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    probe: Option<String>,
 }
 
 impl Report {
@@ -156,6 +159,14 @@ impl Report {
         self.warnings.push(text.into());
     }
 
+    /// What was measured of a GPU.
+    pub fn probed(&mut self, index: u32, what: impl Into<String>) {
+        let what = what.into();
+        let gpus = self.nodes.iter_mut().flat_map(|node| &mut node.gpus);
+        gpus.filter(|gpu| gpu.index == index)
+            .for_each(|gpu| gpu.probe = Some(what.clone()));
+    }
+
     /// For people.
     pub fn text(&self) -> String {
         let mut text = String::new();
@@ -199,6 +210,11 @@ impl Report {
                 .iter()
                 .map(|name| format!(" serves {name}"));
             let _ = writeln!(text, "\n{}:{}", node.id, served.collect::<String>());
+            for gpu in &node.gpus {
+                if let Some(probe) = &gpu.probe {
+                    let _ = writeln!(text, "  GPU {}: {probe}", gpu.index);
+                }
+            }
             let _ = writeln!(text, "  {}", shell(&node.argv));
             for (name, value) in &node.env {
                 let _ = writeln!(text, "    {name}={}", quote(value));
@@ -229,6 +245,7 @@ impl Node {
                     numa_node: gpu.numa_node,
                     memory_total: gpu.memory_total,
                     memory_free: gpu.memory_free,
+                    probe: None,
                 })
                 .collect(),
             cpus: node.cpus.clone(),

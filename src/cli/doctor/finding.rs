@@ -54,7 +54,7 @@ impl Status {
         }
     }
 
-    fn remedy(&self) -> Option<&str> {
+    pub fn remedy(&self) -> Option<&str> {
         match self {
             Self::Ok => None,
             Self::NotChecked(remedy) | Self::Warning(remedy) | Self::Failed(remedy) => Some(remedy),
