@@ -10,7 +10,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
 use crate::fleet::{NodeId, NodeKey, Role};
-use crate::host::HostSnapshot;
+use crate::host::{HostSnapshot, PORTS_PER_NODE};
 pub use crate::topology::{
     Device, RouterSettings as RouterPlan, SupervisorSettings as SupervisorPlan,
 };
@@ -178,6 +178,8 @@ struct Placement {
     port: u16,
     /// The first of the ports for vLLM's own sockets.
     internal_port: u16,
+    /// The last of them: what NIXL's side channel listens on.
+    side_channel_port: u16,
 }
 
 impl Plan {
@@ -301,6 +303,7 @@ fn ports(
     for ((replica, first), placement) in replicas.iter().zip(&inputs.ports).zip(placements) {
         placement.port = replica.settings.port.unwrap_or(*first);
         placement.internal_port = first.saturating_add(1);
+        placement.side_channel_port = first.saturating_add(PORTS_PER_NODE - 1);
     }
 }
 

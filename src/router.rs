@@ -27,6 +27,7 @@ mod balance;
 mod body;
 mod breaker;
 mod budget;
+mod claim;
 mod cors;
 mod demand;
 mod dispatch;

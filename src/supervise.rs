@@ -73,7 +73,7 @@ use crate::handoff::HandoffBoard;
 use crate::notify::Vitals;
 use crate::plan::{NodePlan, SupervisorPlan};
 use crate::shutdown::Shutdown;
-use crate::topology::Secrets;
+use crate::topology::{Connector, Secrets};
 use crate::traffic::Traffic;
 
 pub use cgroup::{CgroupError, Groups};
@@ -96,6 +96,8 @@ const VERDICTS: usize = 8;
 /// How a pair of nodes is examined.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CanaryPlan {
+    /// What carries the KV.
+    pub connector: Connector,
     /// Tokens per chunk.
     pub block_size: u32,
     /// How far logprobs may be apart; 0.0: bit-exact.

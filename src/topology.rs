@@ -22,6 +22,7 @@ mod flags;
 mod gpus;
 mod interpolate;
 mod keys;
+mod kv;
 mod load;
 mod memory;
 mod overrides;
@@ -37,6 +38,7 @@ mod value;
 
 pub use gpus::{GpuRequest, GpuSelector, PciAddress};
 pub use interpolate::Secrets;
+pub use kv::{Connector, KvSettings};
 pub use load::Surroundings;
 pub use memory::{Capacity, HugepageRequest, NumaRequest};
 pub use problem::{Problem, ProblemKind, write_problems};
@@ -140,24 +142,6 @@ pub struct ModelFacts {
     pub weights: Option<u64>,
 }
 
-/// `[kv]`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct KvSettings {
-    /// Of the shared store.
-    pub capacity: Capacity,
-    pub hugepages: HugepageRequest,
-    pub numa: NumaRequest,
-    pub handoff_deadline: Duration,
-    /// Decode nodes save the tokens they generate, for the next turn of a conversation.
-    pub save_decoded: bool,
-    /// A checksum is kept of everything stored, and compared at every load.
-    pub verify: bool,
-    /// Skips the refusal of models that are known to answer wrongly with loaded KV.
-    pub allow_unproven_models: bool,
-    /// `None`: what the device and the processor allow.
-    pub canary_logprob_tolerance: Option<f64>,
-}
-
 /// The variable for API keys, with commas between them; beside [`RouterSettings::api_keys`].
 pub const API_KEYS: &str = "PEGAFLOW_API_KEYS";
 
@@ -187,6 +171,8 @@ pub struct RouterSettings {
     pub admin_key_file: Option<PathBuf>,
     /// Of prefill nodes that others started.
     pub kv_ready: KvReady,
+    /// What carries KV from prefill to decode.
+    pub connector: Connector,
     /// `None`: clients speak plain HTTP.
     pub tls: Option<TlsFiles>,
     /// Origins of web pages that may use it, or `*`.
@@ -236,6 +222,7 @@ impl Default for RouterSettings {
             api_keys: None,
             admin_key_file: None,
             kv_ready: KvReady::default(),
+            connector: Connector::default(),
             tls: None,
             cors_origins: Vec::new(),
             aliases: BTreeMap::new(),
@@ -344,7 +331,7 @@ pub struct NodeSettings {
 }
 
 impl NodeSettings {
-    /// The node takes part in hand-offs through the store.
+    /// The node takes part in hand-offs.
     pub fn shares_kv(&self) -> bool {
         self.role != Role::Unified && self.is_own()
     }

@@ -111,6 +111,7 @@ impl Supervised {
             nodes: vec![node],
             plan,
             canary: CanaryPlan {
+                connector: pegaflow::topology::Connector::Pegaflow,
                 block_size: 32,
                 tolerance: 0.0,
                 deadline: LIMIT,

@@ -31,7 +31,7 @@ use crate::observe::{LogFormat, NodeCollector};
 use crate::plan::ExternalNode;
 use crate::router::{self, RouterDeps, RouterMetrics};
 use crate::supervise::ExternalDeps;
-use crate::topology::{KvReady, NodeUrl, RouterSettings, TlsFiles, is_origin};
+use crate::topology::{Connector, KvReady, NodeUrl, RouterSettings, TlsFiles, is_origin};
 use crate::traffic::Traffic;
 use store::StoreArgs;
 
@@ -62,6 +62,9 @@ pub struct RouterArgs {
     /// What says that a prompt's KV is ready: the prefill node's reply, or what it says at POST /kv_ready.
     #[arg(long, value_enum, default_value_t = KvReady::Reply)]
     kv_ready: KvReady,
+    /// What carries KV from the prefill nodes to the decode nodes.
+    #[arg(long, value_enum, default_value_t = Connector::Pegaflow)]
+    connector: Connector,
     #[command(flatten)]
     store: StoreArgs,
     /// A file with the key that prefill nodes show at /kv_ready; PEGAFLOW_ADMIN_KEY instead of it will do.
@@ -263,6 +266,7 @@ impl RouterArgs {
                 true => KvReady::Store,
                 false => self.kv_ready,
             },
+            connector: self.connector,
             tls: self.tls(),
             cors_origins: self.cors_origin.clone(),
             aliases: self.alias.iter().cloned().collect(),

@@ -324,6 +324,7 @@ fn about(cx: &Context, plan: &Plan, instance: &Instance) -> About {
 
 fn canary(plan: &Plan) -> CanaryPlan {
     CanaryPlan {
+        connector: plan.router.connector,
         block_size: plan.model.block_size,
         tolerance: plan.kv.canary_logprob_tolerance,
         deadline: CANARY_DEADLINE.min(plan.supervisor.start_timeout),

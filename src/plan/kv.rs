@@ -14,7 +14,7 @@ use super::problem::{Found, PlanProblem};
 use super::{Placement, Replica};
 use crate::fleet::{DEFAULT_POOL, NodeId};
 use crate::host::{HUGE_PAGE, HostSnapshot, HugePages, NumaNode, ShmemThp};
-use crate::topology::{Device, HugepageRequest, NodeSettings, NumaRequest, Topology};
+use crate::topology::{Connector, Device, HugepageRequest, NodeSettings, NumaRequest, Topology};
 
 /// What one vLLM on CPU took beside its KV cache and the model's weights.
 const CPU_NODE: u64 = 4 << 30;
@@ -26,7 +26,7 @@ const PREFAULT_THREADS: usize = 4;
 /// PegaEngine's settings.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KvPlan {
-    /// No node shares KV (all are unified): the engine is not started.
+    /// False: no node shares KV (all are unified), or something else carries it; the engine is not started.
     pub enabled: bool,
     /// Bytes of all arenas, whole 2 MiB.
     pub capacity: u64,
@@ -109,8 +109,10 @@ pub enum NumaPlan {
 
 /// How far equal answers may be apart. With AMX, vLLM on the CPU is not equal to itself bit by bit: the
 /// pieces in which a prompt is computed decide how sums are rounded.
-fn rounding(device: Device, host: &HostSnapshot) -> f64 {
-    match device {
+fn rounding(topology: &Topology, host: &HostSnapshot) -> f64 {
+    match topology.device {
+        // NIXL carries the last, partial block too: the prompt's rest is computed in other pieces.
+        _ if topology.kv.connector == Connector::Nixl => 0.05,
         Device::Cpu if !host.amx => 0.0,
         Device::Cpu | Device::Cuda => 0.05,
     }
@@ -125,7 +127,8 @@ pub(super) fn plan(
     found: &mut Found,
 ) -> KvPlan {
     let settings = &topology.kv;
-    let enabled = topology.nodes.iter().any(NodeSettings::shares_kv);
+    let enabled = settings.connector == Connector::Pegaflow
+        && topology.nodes.iter().any(NodeSettings::shares_kv);
     let capacity = settings.capacity.bytes(host.memory_total).max(LEAST);
     let pools = pools(replicas, capacity);
     let mut plan = KvPlan {
@@ -141,7 +144,7 @@ pub(super) fn plan(
         handoff_deadline: settings.handoff_deadline,
         canary_logprob_tolerance: settings
             .canary_logprob_tolerance
-            .unwrap_or(rounding(topology.device, host)),
+            .unwrap_or(rounding(topology, host)),
     };
     let store = Store {
         topology,

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use serde_json::json;
 
 use super::{NodePlan, Placement, PlanInputs, Replica, cpu, loopback};
-use crate::fleet::NodeKey;
-use crate::topology::{Device, Launcher, ModelRef, NodeSettings, Topology};
+use crate::fleet::{NodeKey, Role};
+use crate::topology::{Connector, Device, Launcher, ModelRef, NodeSettings, Topology};
 
 /// What all nodes have in common.
 pub(super) struct Launch<'a> {
@@ -73,7 +73,11 @@ impl Launch<'_> {
         }
         if node.shares_kv() {
             flag("--prefix-caching-hash-algo", "sha256_cbor".to_owned());
-            flag("--kv-transfer-config", kv_transfer_config());
+            let config = match topology.kv.connector {
+                Connector::Pegaflow => pega_config(),
+                Connector::Nixl => nixl_config(topology.device, node.role),
+            };
+            flag("--kv-transfer-config", config);
         }
         // A line for each health probe would fill the log and count as progress of a start.
         argv.push("--disable-uvicorn-access-log".to_owned());
@@ -116,7 +120,15 @@ impl Launch<'_> {
                 set("VLLM_CPU_OMP_THREADS_BIND", bind);
             }
         }
-        if node.shares_kv() {
+        if node.shares_kv() && topology.kv.connector == Connector::Nixl {
+            let host = topology.kv.side_channel_host.to_string();
+            set("VLLM_NIXL_SIDE_CHANNEL_HOST", host);
+            set(
+                "VLLM_NIXL_SIDE_CHANNEL_PORT",
+                placement.side_channel_port.to_string(),
+            );
+        }
+        if node.shares_kv() && topology.kv.connector == Connector::Pegaflow {
             let socket = inputs.engine_socket.to_string_lossy();
             set("PEGAFLOW_KV_SOCKET", socket.into_owned());
             set("PEGAFLOW_KV_TOKEN", inputs.kv_token.clone());
@@ -148,7 +160,7 @@ impl Launch<'_> {
     }
 }
 
-fn kv_transfer_config() -> String {
+fn pega_config() -> String {
     json!({
         "kv_connector": "PegaConnector",
         "kv_connector_module_path": "pegaflow_vllm.connector",
@@ -158,6 +170,29 @@ fn kv_transfer_config() -> String {
             "spec_name": "PegaSpec",
             "spec_module_path": "pegaflow_vllm.spec",
         },
+    })
+    .to_string()
+}
+
+/// A prefill node keeps a prompt's KV for so long after its answer; a decode node that has asked for it
+/// renews that every few seconds until it has read it. vLLM's own default, written down since the router counts
+/// on it.
+const NIXL_LEASE_SECONDS: u32 = 30;
+
+fn nixl_config(device: Device, role: Role) -> String {
+    json!({
+        "kv_connector": "NixlConnector",
+        "kv_role": match role {
+            Role::Prefill => "kv_producer",
+            Role::Decode => "kv_consumer",
+            Role::Unified => "kv_both",
+        },
+        "kv_buffer_device": match device {
+            Device::Cuda => "cuda",
+            Device::Cpu => "cpu",
+        },
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": { "kv_lease_duration": NIXL_LEASE_SECONDS },
     })
     .to_string()
 }

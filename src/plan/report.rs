@@ -10,7 +10,7 @@ use super::render::{columns, ranges};
 use super::{ArenaPlan, MemoryEstimate, NodePlan, NumaPlan, PageKind, Plan, redact};
 use crate::fleet::Role;
 use crate::host::HostSnapshot;
-use crate::topology::{Device, Secrets};
+use crate::topology::{Connector, Device, Secrets};
 
 /// What `pegaflow plan --json` prints; `docs/plan.md` explains it.
 #[derive(Debug, Serialize)]
@@ -18,7 +18,9 @@ pub struct Report {
     name: String,
     device: Device,
     model: Model,
-    /// `null`: no node shares KV.
+    /// What carries KV from prefill to decode.
+    connector: Connector,
+    /// `null`: no node shares KV, or something else carries it.
     store: Option<Store>,
     listen: String,
     nodes: Vec<Node>,
@@ -118,6 +120,7 @@ impl Report {
                 load_from: plan.model.load_from.clone(),
                 block_size: plan.model.block_size,
             },
+            connector: plan.router.connector,
             store: kv.enabled.then(|| Store {
                 capacity: kv.capacity,
                 pages: pages(&kv.arena),
@@ -182,6 +185,9 @@ impl Report {
             "model   {load_from}, served as {served_name}, {block_size} tokens per block"
         );
         match &self.store {
+            None if self.connector == Connector::Nixl => {
+                text.push_str("store   none: decode reads from prefill, through NIXL\n");
+            }
             None => text.push_str("store   none: no node shares KV\n"),
             Some(store) => {
                 let _ = writeln!(

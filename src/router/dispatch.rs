@@ -14,6 +14,7 @@ use bytes::Bytes;
 use tokio::time::{Instant, timeout_at};
 
 use super::balance::{Breaking, Pick, Purpose, pick};
+use super::claim::Claim;
 use super::error::RouterError;
 use super::handoff::Prefilled;
 use super::legs::{self, Leg, LegError, Reply};
@@ -123,11 +124,12 @@ pub(super) async fn deliver(
             }
             cx.metrics.retry(task.leg().label(), error.label());
         }
+        let (body, claimed) = body_for(cx, &pick, call, &task);
         let leg = Leg {
             caller: call.caller,
             target: call.target,
             suffix: suffix(choice.attempts),
-            body: body_for(&pick, call, &task),
+            body,
         };
         call.timeline.answer_sent(task.leg(), pick.node());
         let sent = Instant::now();
@@ -149,6 +151,9 @@ pub(super) async fn deliver(
         };
         tracing::warn!(node = %pick.node(), id = %call.caller.id, %error, "a leg failed before its first byte");
         pick.failed(&error);
+        if let (Some((claim, params)), LegError::Connect(_)) = (claimed, &error) {
+            claim.give_back(params);
+        }
         let failed = Failed {
             node: pick.node().clone(),
             incarnation: pick.incarnation,
@@ -169,17 +174,34 @@ fn suffix(attempts: usize) -> &'static str {
     }
 }
 
-/// Only decode nodes look for the hand-off, and only those whose loading was proven may.
-fn body_for(pick: &Pick, call: &Call<'_>, task: &Task<'_>) -> Bytes {
-    match (task, task.handoff()) {
-        (Task::Decode(prefilled), Some(handoff))
-            if task.suits(pick.role, &pick.pool) && pick.can_hand_off =>
-        {
-            let params = prefilled.params.as_deref();
-            split::decode_body(call.fields, handoff, params, call.asks_ids)
-        }
-        _ => split::whole_body(call.fields, call.original, call.asks_ids),
+/// Only decode nodes look for the hand-off, and only those whose loading was proven may. With what was taken for it.
+fn body_for<'a>(
+    cx: &Context,
+    pick: &Pick,
+    call: &Call<'_>,
+    task: &Task<'a>,
+) -> (Bytes, Option<(&'a Claim, String)>) {
+    let whole = || split::whole_body(call.fields, call.original, call.asks_ids);
+    let (Task::Decode(prefilled), Some(handoff)) = (task, task.handoff()) else {
+        return (whole(), None);
+    };
+    if !task.suits(pick.role, &pick.pool) || !pick.can_hand_off {
+        return (whole(), None);
     }
+    let claimed = match &prefilled.claim {
+        None => None,
+        Some(claim) => match claim.take() {
+            Some(params) => Some((claim, params)),
+            None => {
+                cx.metrics.fallback("claim_used");
+                return (whole(), None);
+            }
+        },
+    };
+    let params = claimed.as_ref().map(|(_, params)| params.as_str());
+    let how = (cx.plan.connector, call.asks_ids);
+    let body = split::decode_body(call.fields, handoff, params, how);
+    (body, claimed)
 }
 
 /// Where the request has been.

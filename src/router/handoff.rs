@@ -13,7 +13,7 @@
 //! ```
 //!
 //! P's HTTP reply is not awaited, unless there is nothing else that says that the KV is complete
-//! ([`KvReady`]); then what it says of the KV goes to decode. After Ready it is read in the background, so that its connection
+//! ([`KvReady`], or NIXL); then what it says of the KV goes to decode, see [`Claim`]. After Ready it is read in the background, so that its connection
 //! can be used again; if the store held the whole prompt already, or the hand-off is of no more use,
 //! dropping the request stops P's work.
 
@@ -25,13 +25,14 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep_until};
 
 use super::balance::{self, Breaking, Pick, Purpose};
+use super::claim::Claim;
 use super::legs::{self, CompleteReply, Leg, LegError, Reply};
 use super::metrics::RouterMetrics;
 use super::split;
 use super::{Call, Context};
 use crate::fleet::{NodeView, Role};
 use crate::handoff::{HandoffFailure, HandoffId, HandoffOutcome, HandoffState, HandoffTicket};
-use crate::topology::KvReady;
+use crate::topology::{Connector, KvReady};
 
 /// Prefill nodes that one request may be sent to.
 const MAX_ATTEMPTS: usize = 2;
@@ -43,8 +44,8 @@ pub(super) struct Prefilled {
     pub(super) ticket: Option<HandoffTicket>,
     /// Where the KV is.
     pub(super) pool: Option<Arc<str>>,
-    /// P's `kv_transfer_params` in JSON: what its connector has to say to decode's.
-    pub(super) params: Option<String>,
+    /// What P's connector has to say to decode's.
+    pub(super) claim: Option<Claim>,
     pub(super) background: Option<Background>,
 }
 
@@ -87,11 +88,17 @@ async fn attempts(cx: &Context, call: &Call<'_>) -> Stage {
                 cx.metrics.handoff_ready(attempt.sent.elapsed());
                 return Stage::Decode(attempt.into_prefilled(cx, already_stored));
             }
+            Event::Replied(None) if cx.plan.connector == Connector::Nixl => {
+                // Its connector has nothing to hand over, or there is none.
+                attempt.pick.answered();
+                cx.metrics.fallback("no_params");
+                return Stage::Decode(Prefilled::default());
+            }
             Event::Replied(params) => {
                 attempt.pick.answered();
                 cx.metrics.handoff_ready(attempt.sent.elapsed());
                 return Stage::Decode(Prefilled {
-                    params,
+                    claim: params.map(|params| Claim::new(cx, &attempt.pick, params)),
                     ..attempt.into_ticket()
                 });
             }
@@ -191,7 +198,7 @@ impl Attempt {
             caller: call.caller,
             target: call.target,
             suffix: if number == 0 { "-p" } else { "-p2" },
-            body: split::prefill_body(call.fields, ticket.id()),
+            body: split::prefill_body(call.fields, ticket.id(), cx.plan.connector),
         };
         let leg: Sent = Box::pin(timed(cx.metrics.clone(), cx.client.fetch(&pick, leg)));
         call.timeline.prefill_sent(pick.node());
@@ -246,9 +253,14 @@ impl Attempt {
     }
 
     fn reply_is_the_sign(&self, cx: &Context) -> bool {
-        self.pick.is_external
-            && cx.plan.kv_ready == KvReady::Reply
-            && self.ticket.state() == HandoffState::Expected
+        match cx.plan.connector {
+            Connector::Nixl => true,
+            Connector::Pegaflow => {
+                self.pick.is_external
+                    && cx.plan.kv_ready == KvReady::Reply
+                    && self.ticket.state() == HandoffState::Expected
+            }
+        }
     }
 
     fn pick_id(&self) -> &crate::fleet::NodeId {
@@ -261,7 +273,7 @@ impl Attempt {
             pool: Some(self.pick.pool.clone()),
             background: leg.map(|leg| Background::spawn(cx, leg, self.pick)),
             ticket: Some(self.ticket),
-            params: None,
+            claim: None,
         }
     }
 
@@ -270,7 +282,7 @@ impl Attempt {
             ticket: Some(self.ticket),
             pool: Some(self.pick.pool.clone()),
             background: None,
-            params: None,
+            claim: None,
         }
     }
 

@@ -16,7 +16,7 @@ use super::pool::{Broken, Failure, NodeBody, Pool, Request};
 use super::split::Endpoint;
 use super::stream::{EventStream, FirstEvents, Last};
 use super::wire::{ReplyHead, request_head};
-use crate::fleet::{FleetSnapshot, FleetWatch, NodeKey, Phase};
+use crate::fleet::{FleetSnapshot, FleetWatch, NodeKey, NodeView, Phase};
 
 /// Bytes of a reply that is not streamed.
 const MAX_REPLY: usize = 64 << 20;
@@ -308,6 +308,31 @@ impl Client {
             });
         }
         Ok(body)
+    }
+
+    /// Says something to a node whose answer, as long as there is one, does not matter.
+    pub(super) async fn tell(
+        &self,
+        node: &NodeView,
+        path: &str,
+        body: Bytes,
+    ) -> Result<(), LegError> {
+        let mut headers = HeaderMap::new();
+        if let Ok(host) = HeaderValue::try_from(node.addr.to_string()) {
+            headers.insert(header::HOST, host);
+        }
+        let json = HeaderValue::from_static("application/json");
+        headers.insert(header::CONTENT_TYPE, json);
+        if let Some(key) = self.node_key.as_ref().filter(|_| !node.external) {
+            headers.insert(header::AUTHORIZATION, key.clone());
+        }
+        let request = Request {
+            method: Method::POST,
+            head: request_head(&Method::POST, path, &headers, body.len()),
+            body,
+        };
+        let (_, body) = self.pool.send(node.addr, request).await?;
+        read_whole(body, MAX_FIGURES).await.map(|_| ())
     }
 
     fn request(&self, pick: &Pick, leg: Leg<'_>) -> Request {

@@ -8,6 +8,7 @@ use bytes::Bytes;
 
 use super::body::{Fields, ObjectWriter};
 use crate::handoff::HandoffId;
+use crate::topology::Connector;
 
 const KV_PARAMS: &str = "kv_transfer_params";
 /// The part of it that is ours.
@@ -118,22 +119,46 @@ pub(super) fn never_split(endpoint: Endpoint, fields: &Fields<'_>) -> Option<Who
 }
 
 /// The prefill leg's body.
-pub(super) fn prefill_body(fields: &Fields<'_>, handoff: &HandoffId) -> Bytes {
-    write_leg(fields, handoff, Leg::Prefill)
+pub(super) fn prefill_body(
+    fields: &Fields<'_>,
+    handoff: &HandoffId,
+    connector: Connector,
+) -> Bytes {
+    write_leg(fields, handoff, Leg::Prefill(connector))
+}
+
+/// What NIXL's prefill side is to be told: keep the KV for another node, which is not known yet. vLLM's documentation
+/// of the connector has it so.
+const NIXL_KEEP: &str = r#"{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,"remote_block_ids":null,"remote_host":null,"remote_port":null}"#;
+
+/// Makes a decode node let go what a prefill node keeps for it. vLLM refuses the request, as it knows no such model,
+/// and tells its connector so, which tells the prefill node's; nothing is computed.
+pub(super) fn release_body(params: &str) -> Bytes {
+    let mut writer = ObjectWriter::with_capacity(params.len() + 128);
+    writer.field("model", "\"pegaflow: release\"");
+    writer.field("prompt", "[0]");
+    writer.field("max_tokens", "1");
+    writer.field(KV_PARAMS, params);
+    writer.finish()
 }
 
 /// Makes vLLM tell the ids of an answer's tokens.
 const ASK_IDS: &str = "return_token_ids";
 
-/// The decode leg's body: the client's, marked with the hand-off. `params`: what the prefill node's
-/// connector has to say to this one's, a JSON object. `asks_ids`: see [`super::replay`].
+/// The decode leg's body: the client's, marked with the hand-off where the store is ours. `params`: what the prefill
+/// node's connector has to say to this one's, a JSON object. `asks_ids`: see [`super::replay`].
 pub(super) fn decode_body(
     fields: &Fields<'_>,
     handoff: &HandoffId,
     params: Option<&str>,
-    asks_ids: bool,
+    (connector, asks_ids): (Connector, bool),
 ) -> Bytes {
-    write_leg(fields, handoff, Leg::Decode { params, asks_ids })
+    let leg = Leg::Decode {
+        connector,
+        params,
+        asks_ids,
+    };
+    write_leg(fields, handoff, leg)
 }
 
 /// A prefill node's words to decode, out of its reply: a JSON object.
@@ -168,8 +193,9 @@ fn write_client_fields(writer: &mut ObjectWriter, fields: &Fields<'_>, asks_ids:
 
 #[derive(Clone, Copy)]
 enum Leg<'a> {
-    Prefill,
+    Prefill(Connector),
     Decode {
+        connector: Connector,
         params: Option<&'a str>,
         asks_ids: bool,
     },
@@ -178,12 +204,16 @@ enum Leg<'a> {
 fn write_leg(fields: &Fields<'_>, handoff: &HandoffId, leg: Leg<'_>) -> Bytes {
     let size = fields.iter().map(|(key, raw)| key.len() + raw.len() + 4);
     let mut writer = ObjectWriter::with_capacity(size.sum::<usize>() + 160);
-    let (name, params) = match leg {
-        Leg::Decode { params, asks_ids } => {
+    let (name, connector, params) = match leg {
+        Leg::Decode {
+            connector,
+            params,
+            asks_ids,
+        } => {
             write_client_fields(&mut writer, fields, asks_ids);
-            ("decode", params)
+            ("decode", connector, params)
         }
-        Leg::Prefill => {
+        Leg::Prefill(connector) => {
             for (key, raw) in fields.iter() {
                 match on_prefill(key, raw) {
                     OnPrefill::Keep => write_client_field(&mut writer, key, raw),
@@ -191,11 +221,19 @@ fn write_leg(fields: &Fields<'_>, handoff: &HandoffId, leg: Leg<'_>) -> Bytes {
                     OnPrefill::Drop => {}
                 }
             }
-            ("prefill", None)
+            if !OUTPUT_LIMITS.iter().any(|key| fields.get(key).is_some()) {
+                writer.field("max_tokens", "1");
+            }
+            let keep = (connector == Connector::Nixl).then_some(NIXL_KEEP);
+            ("prefill", connector, keep)
         }
     };
-    if matches!(leg, Leg::Prefill) && !OUTPUT_LIMITS.iter().any(|key| fields.get(key).is_some()) {
-        writer.field("max_tokens", "1");
+    if connector == Connector::Nixl {
+        // NIXL knows nothing of hand-offs' names.
+        if let Some(params) = params {
+            writer.field(KV_PARAMS, params);
+        }
+        return writer.finish();
     }
     let mark = format!(r#"{{"handoff":"{handoff}","leg":"{name}"}}"#);
     match params {

@@ -4,7 +4,8 @@
 //! fleet changes ─▶ next_step (pure) ─▶ Examine(p, d) ─▶ check ─┬─ equal ──────▶ Proven, both
 //!                       │                                      └─ failed ──▶ history (pure): again
 //!                       │                                         later, unpaired, or Refused
-//!                       └────────────▶ Unpaired(node): serves whole requests until a partner comes
+//!                       ├────────────▶ Unpaired(node): serves whole requests until a partner comes
+//!                       └────────────▶ Vouched(node): its partners are others' nodes; who named them says they fit
 //! ```
 //!
 //! One examination at a time; it takes seconds, and the nodes share the machine.
@@ -56,6 +57,8 @@ type Life = (NodeId, u64);
 enum Step {
     Examine(Box<(NodeView, NodeView)>),
     Unpaired(Life),
+    /// Its partners were started by others.
+    Vouched(Life),
     /// Until the fleet changes, or this long.
     Wait(Option<Duration>),
 }
@@ -80,6 +83,7 @@ impl Canary {
                     self.examine(&prefill, &decode, history).await;
                 }
                 Step::Unpaired(life) => self.tell(&life, Finding::Unpaired).await,
+                Step::Vouched(life) => self.tell(&life, Finding::Vouched).await,
                 Step::Wait(limit) => {
                     let changed = self.watch.changed();
                     match limit {
@@ -171,6 +175,7 @@ impl Canary {
                 .flatten()
                 .is_none_or(|node| match finding {
                     Finding::Proven => node.trust == KvTrust::Proven,
+                    Finding::Vouched => node.trust == KvTrust::Assumed,
                     Finding::Unpaired => node.phase != Phase::Verifying,
                     Finding::Refused(_) => matches!(node.trust, KvTrust::Refused(_)),
                 })
@@ -229,6 +234,9 @@ fn next_step(
         };
         let is_partner = move |other: &&NodeView| other.role == role && other.pool == node.pool;
         let partners = || fleet.nodes().filter(is_partner);
+        if partners().next().is_some() && partners().all(|other| other.external) {
+            return Step::Vouched(life(node));
+        }
         let mut candidates: Vec<_> = partners().filter(|other| is_eligible(other)).collect();
         // A proven partner makes the verdict unambiguous.
         candidates.sort_by_key(|other| other.trust != KvTrust::Proven);

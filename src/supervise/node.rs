@@ -74,6 +74,7 @@ pub struct Verdict {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Finding {
     Proven,
+    Vouched,
     Unpaired,
     Refused(String),
 }

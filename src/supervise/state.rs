@@ -253,7 +253,8 @@ impl Machine {
             Event::Pulse(pulse) => self.pulsed(pulse, now),
             Event::Canary(canary) => self.canaried(canary, now),
             Event::Warm(warmth) => self.warmed(warmth, now),
-            Event::Proven => self.proven(now),
+            Event::Proven => self.trusted(KvTrust::Proven, now),
+            Event::Vouched => self.trusted(KvTrust::Assumed, now),
             Event::Unpaired => {
                 if self.state == State::Verifying {
                     self.serve(now);

@@ -300,6 +300,8 @@ pub(super) fn owned_env(name: &str) -> Option<&'static str> {
         "CUDA_DEVICE_ORDER" => "leave it out: GPUs are counted in PCI bus order",
         "PYTHONHASHSEED" => "leave it out: nodes must hash alike",
         "VLLM_PORT" => "leave it out: every node gets a range of its own",
+        "VLLM_NIXL_SIDE_CHANNEL_HOST" => "write `side_channel_host` in [kv]",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT" => "leave it out: every node gets a port of its own",
         "VLLM_CPU_KVCACHE_SPACE" => "write `kv_cache` in the [[node]]",
         "VLLM_CPU_OMP_THREADS_BIND" => "write `cpus` in the [[node]]",
         "VLLM_API_KEY" => {

@@ -119,8 +119,10 @@ pub(super) const RUNTIME: Table = Table {
 #[rustfmt::skip]
 pub(super) const KV: Table = Table {
     header: "[kv]",
-    doc: "The store through which prefill hands KV to decode.",
+    doc: "The store through which prefill hands KV to decode, or what does so in its place.",
     keys: &[
+        key("connector", OneOf(&["pegaflow", "nixl"]), Is("\"pegaflow\""), "pegaflow: the store, in memory that all nodes of this machine share. nixl: vLLM's NixlConnector, with which decode reads from prefill, also over a network; then there is no store."),
+        key("side_channel_host", Text, Is("\"127.0.0.1\""), "With nixl: the IP address of this machine at which decode nodes ask prefill nodes what they hold."),
         key("capacity", SizeOrPercent, Is("\"8GiB\""), "Host memory for KV, at least 16MiB: a size, or a share of the machine's memory like 50%."),
         key("hugepages", OneOf(&["auto", "on", "off"]), Is("\"auto\""), "auto: 2 MiB pages where enough are set aside. on: refused where too few are free. off: normal pages."),
         key("numa", Numa, Is("\"auto\""), "On which NUMA nodes the store lies: auto, interleave, none, or a list of them."),
@@ -128,7 +130,7 @@ pub(super) const KV: Table = Table {
         key("save_decoded", Boolean, Is("false"), "Decode nodes save the tokens they generate too, for the next turn of a conversation."),
         key("verify", Boolean, Is("false"), "A checksum is kept of everything that is saved and compared at every load; what differs is computed again."),
         key("allow_unproven_models", Boolean, Is("false"), "Skips the refusal of models that are known to answer wrongly with loaded KV."),
-        key("canary_logprob_tolerance", Number(0.0, 10.0), Words("0.05, on CPU without AMX 0.0"), "How far log probabilities with loaded KV may be from computed ones; 0.0 is bit-exact."),
+        key("canary_logprob_tolerance", Number(0.0, 10.0), Words("0.05, on CPU without AMX and NIXL 0.0"), "How far log probabilities with loaded KV may be from computed ones; 0.0 is bit-exact."),
     ],
 };
 

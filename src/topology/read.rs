@@ -9,7 +9,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::gpus::gpus;
 use super::keys;
-use super::memory::{capacity, hugepages, numa};
+use super::kv::kv;
 use super::problem::{Findings, ProblemKind};
 use super::section::Section;
 use super::source::join;
@@ -18,9 +18,8 @@ use super::value::{
     non_empty, number, one_of, role, size, string, wrong,
 };
 use super::{
-    Capacity, CpuRequest, Device, GpuRequest, HugepageRequest, KvReady, KvSettings, ModelRef,
-    NodeModel, NodeSettings, NumaRequest, RouterSettings, RuntimeSettings, Secrets,
-    SupervisorSettings, TlsFiles, Topology,
+    CpuRequest, Device, GpuRequest, KvReady, ModelRef, NodeModel, NodeSettings, RouterSettings,
+    RuntimeSettings, Secrets, SupervisorSettings, TlsFiles, Topology,
 };
 use crate::fleet::{DEFAULT_POOL, Role};
 
@@ -68,6 +67,7 @@ pub(super) fn topology(document: &DeTable<'_>, findings: &mut Findings<'_>) -> T
         model,
         served_name: served_model_name,
     } = main;
+    let kv = kv(&mut top);
     Topology {
         name: top.get("name", string).unwrap_or_else(|| stem_name(&file)),
         device,
@@ -77,8 +77,11 @@ pub(super) fn topology(document: &DeTable<'_>, findings: &mut Findings<'_>) -> T
         block_size,
         max_model_len: top.get("max_model_len", integer(1..=1 << 30)),
         runtime: runtime(&mut top, &base),
-        kv: kv(&mut top),
-        router: router(&mut top, &base),
+        router: RouterSettings {
+            connector: kv.connector,
+            ..router(&mut top, &base)
+        },
+        kv,
         supervisor: supervisor(&mut top),
         nodes,
         source: top.findings.source.clone(),
@@ -194,26 +197,6 @@ fn runtime(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RuntimeSettings {
     }
 }
 
-fn kv(top: &mut Section<'_, '_, '_, '_>) -> KvSettings {
-    let mut section = top.sub("kv", &keys::KV);
-    KvSettings {
-        capacity: section
-            .get("capacity", capacity)
-            .unwrap_or(Capacity::Bytes(8 * GIB)),
-        hugepages: section
-            .get("hugepages", hugepages)
-            .unwrap_or(HugepageRequest::Auto),
-        numa: section.get("numa", numa).unwrap_or(NumaRequest::Auto),
-        handoff_deadline: section.seconds("handoff_deadline", 60),
-        save_decoded: section.get("save_decoded", boolean).unwrap_or(false),
-        verify: section.get("verify", boolean).unwrap_or(false),
-        allow_unproven_models: section
-            .get("allow_unproven_models", boolean)
-            .unwrap_or(false),
-        canary_logprob_tolerance: section.get("canary_logprob_tolerance", number(0.0..=10.0)),
-    }
-}
-
 fn router(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RouterSettings {
     let mut section = top.sub("router", &keys::ROUTER);
     let default = RouterSettings::default();
@@ -237,6 +220,7 @@ fn router(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RouterSettings {
             .get("admin_key_file", non_empty)
             .map(|path| base.join(path)),
         kv_ready: section.get("kv_ready", kv_ready).unwrap_or_default(),
+        connector: default.connector,
         tls,
         cors_origins,
         aliases,

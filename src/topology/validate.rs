@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use super::flags::{self, Flag, Verdict};
 use super::problem::{Findings, ProblemKind};
-use super::{Capacity, CpuRequest, Device, GpuRequest, NodeSettings, Topology};
+use super::{Capacity, Connector, CpuRequest, Device, GpuRequest, NodeSettings, Topology, kv};
 use crate::fleet::Role;
 
 mod models;
@@ -23,6 +23,7 @@ const GIB: u64 = 1 << 30;
 
 pub(super) fn validate(topology: &Topology, findings: &mut Findings<'_>) {
     top(topology, findings);
+    kv::check(&topology.kv, findings);
     router::router(topology, findings);
     for (index, node) in topology.nodes.iter().enumerate() {
         let at = At(index);
@@ -326,15 +327,18 @@ fn roles(topology: &Topology, findings: &mut Findings<'_>) {
 
 fn sharing(topology: &Topology, findings: &mut Findings<'_>) {
     for mut pool in pools(topology) {
-        others::apart(&pool, findings);
+        // A store is shared by nodes of one machine; NIXL reaches others.
+        if topology.kv.connector == Connector::Pegaflow {
+            others::apart(&pool, findings);
+        }
         pool.retain(|(_, node)| node.is_own());
         models::one_in_each_pool(topology, &pool, findings);
-        agreeing(&pool, findings);
+        agreeing(topology, &pool, findings);
     }
 }
 
 /// Nodes that exchange KV are compared with the first of them.
-fn agreeing(pool: &[(usize, &NodeSettings)], findings: &mut Findings<'_>) {
+fn agreeing(topology: &Topology, pool: &[(usize, &NodeSettings)], findings: &mut Findings<'_>) {
     let Some(((first_index, first), others)) = pool.split_first() else {
         return;
     };
@@ -347,7 +351,9 @@ fn agreeing(pool: &[(usize, &NodeSettings)], findings: &mut Findings<'_>) {
         } else {
             at.key("gpus")
         };
-        let known = !findings.is_bad(&tensor_parallel)
+        // NIXL translates between unlike ones.
+        let known = topology.kv.connector == Connector::Pegaflow
+            && !findings.is_bad(&tensor_parallel)
             && !findings.is_bad(&format!("{other}.tensor_parallel"))
             && !findings.is_bad(&format!("{other}.gpus"));
         if known && node.tensor_parallel != first.tensor_parallel {

@@ -57,10 +57,12 @@ pub(super) struct BreakerLabels {
 }
 
 /// Why a prompt was not handed off, as far as it is known beforehand; a failed leg adds its own.
-pub(super) const FALLBACKS: [&str; 12] = [
+pub(super) const FALLBACKS: [&str; 14] = [
     "no_decode_node",
     "breaker_open",
     "not_opened",
+    "no_params",
+    "claim_used",
     "handoff_timeout",
     HandoffFailure::NoSpace.label(),
     HandoffFailure::ProducerDied.label(),

@@ -5,12 +5,18 @@ use super::*;
 
 fn prefill(body: &str) -> Value {
     let fields = Fields::parse(body.as_bytes()).unwrap();
-    serde_json::from_slice(&prefill_body(&fields, &"h".into())).unwrap()
+    serde_json::from_slice(&prefill_body(&fields, &"h".into(), Connector::Pegaflow)).unwrap()
 }
 
 fn decode(body: &str) -> Value {
     let fields = Fields::parse(body.as_bytes()).unwrap();
-    serde_json::from_slice(&decode_body(&fields, &"h".into(), None, false)).unwrap()
+    serde_json::from_slice(&decode_body(
+        &fields,
+        &"h".into(),
+        None,
+        (Connector::Pegaflow, false),
+    ))
+    .unwrap()
 }
 
 fn whole(body: &'static str) -> Bytes {
@@ -233,8 +239,8 @@ proptest! {
         let original = Bytes::from(format!("{{{}}}", text.join(",")));
         let fields = Fields::parse(&original).unwrap();
         let legs = [
-            prefill_body(&fields, &"h".into()),
-            decode_body(&fields, &"h".into(), None, false),
+            prefill_body(&fields, &"h".into(), Connector::Pegaflow),
+            decode_body(&fields, &"h".into(), None, (Connector::Pegaflow, false)),
             whole_body(&fields, &original, false),
         ];
         for (index, leg) in legs.iter().enumerate() {
@@ -263,7 +269,12 @@ fn what_prefill_s_connector_says_reaches_decode_s_and_nothing_else_does() {
     let params = kv_transfer_params(reply).unwrap();
     let body = br#"{"prompt":"a","kv_transfer_params":{"remote_host":"evil"}}"#;
     let fields = Fields::parse(body).unwrap();
-    let sent = decode_body(&fields, &"h".into(), Some(&params), false);
+    let sent = decode_body(
+        &fields,
+        &"h".into(),
+        Some(&params),
+        (Connector::Pegaflow, false),
+    );
     let sent: Value = serde_json::from_slice(&sent).unwrap();
     let mark = json!({"handoff": "h", "leg": "decode"});
     let expected = json!({"remote_block_ids": [1, 2], "pegaflow": mark});
@@ -279,12 +290,41 @@ fn what_prefill_s_connector_says_reaches_decode_s_and_nothing_else_does() {
 }
 
 #[test]
+fn nixl_s_prefill_is_told_to_keep_the_kv_and_decode_gets_what_it_said_as_it_is() {
+    let body = br#"{"prompt":"a","max_tokens":9,"kv_transfer_params":{"remote_host":"evil"}}"#;
+    let fields = Fields::parse(body).unwrap();
+    let id = "h".into();
+    let read = |sent: Bytes| serde_json::from_slice::<Value>(&sent).unwrap();
+    let sent = read(prefill_body(&fields, &id, Connector::Nixl));
+    let keep = json!({
+        "do_remote_decode": true, "do_remote_prefill": false, "remote_engine_id": null,
+        "remote_block_ids": null, "remote_host": null, "remote_port": null,
+    });
+    assert_eq!(
+        sent,
+        json!({"prompt": "a", "max_tokens": 1, "kv_transfer_params": keep})
+    );
+    let said = r#"{"do_remote_prefill":true,"remote_block_ids":[[1,2]],"remote_port":1.50}"#;
+    let nixl = (Connector::Nixl, false);
+    let sent = decode_body(&fields, &id, Some(said), nixl);
+    let parsed = Fields::parse(&sent).unwrap();
+    assert_eq!(parsed.get(KV_PARAMS), Some(said));
+    assert_eq!(parsed.get("max_tokens"), Some("9"));
+    let sent = read(decode_body(&fields, &id, None, nixl));
+    assert_eq!(sent, json!({"prompt": "a", "max_tokens": 9}));
+    let sent = release_body(said);
+    let parsed = Fields::parse(&sent).unwrap();
+    assert_eq!(parsed.get(KV_PARAMS), Some(said));
+    assert_eq!(parsed.get("prompt"), Some("[0]"));
+}
+
+#[test]
 fn ids_are_asked_for_once() {
     let original = Bytes::from_static(br#"{"prompt":"x","return_token_ids":false}"#);
     let fields = Fields::parse(&original).unwrap();
     let expected = br#"{"prompt":"x","return_token_ids":true}"#;
     assert_eq!(whole_body(&fields, &original, true), &expected[..]);
-    let sent = decode_body(&fields, &"h".into(), None, true);
+    let sent = decode_body(&fields, &"h".into(), None, (Connector::Pegaflow, true));
     let sent: Value = serde_json::from_slice(&sent).unwrap();
     assert_eq!(sent["return_token_ids"], true);
     assert_eq!(whole_body(&fields, &original, false), original);

@@ -1,4 +1,9 @@
-//! One examination of one pair: three fresh prompts, loaded and computed.
+//! One examination of one pair: three fresh prompts, handed over and computed.
+//!
+//! ```text
+//!  prefill leg ─┬─ store: hand-off Ready ─────────────────┬─▶ decode leg ─▶ loaded? ─▶ the same as computed alone?
+//!               └─ NIXL: the reply's kv_transfer_params ──┘
+//! ```
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -8,7 +13,10 @@ use serde_json::{Value, json};
 use tokio::time::Instant;
 
 use crate::fleet::NodeId;
-use crate::handoff::{HandoffBoard, HandoffFailure, HandoffId, HandoffOutcome, HandoffState};
+use crate::handoff::{
+    HandoffBoard, HandoffFailure, HandoffId, HandoffOutcome, HandoffState, HandoffTicket,
+};
+use crate::topology::Connector;
 use crate::traffic::{Glance, Traffic};
 
 use super::super::CanaryPlan;
@@ -122,30 +130,14 @@ impl Check<'_> {
     }
 
     async fn prompt(&self) -> Result<(), CheckError> {
-        let limit = self.plan.deadline;
         let before = self.glance();
         let prompt = self.random_prompt();
         let salt = HandoffId::random();
         let mut ticket = self.board.register(HandoffId::random());
-        let leg = |leg: &str| json!({"pegaflow": {"handoff": ticket.id().as_str(), "leg": leg}});
-        let (first_leg, second_leg) = (leg("prefill"), leg("decode"));
-
-        let mut body = self.body(&prompt, &salt);
-        set(&mut body, "max_tokens", json!(1));
-        set(&mut body, "kv_transfer_params", first_leg);
-        let saved = self.client.complete(self.prefill.1, &body, limit).await;
-        saved.map_err(CheckError::Prefill)?;
-        let _ = ticket.settled_within(OPEN_GRACE.min(limit)).await;
-        if ticket.state() == HandoffState::Expected {
-            return Err(CheckError::NeverOpened);
-        }
-        match ticket.settled_within(limit).await {
-            HandoffOutcome::Ready { chunks, .. } if chunks >= CHUNKS => {}
-            HandoffOutcome::Ready { chunks, .. } => {
-                return Err(CheckError::NotStored { stored: chunks });
-            }
-            HandoffOutcome::Failed(failure) => return Err(CheckError::Handoff(failure)),
-        }
+        let second_leg = match self.plan.connector {
+            Connector::Pegaflow => self.save(&prompt, &salt, &mut ticket).await?,
+            Connector::Nixl => self.keep(&prompt, &salt).await?,
+        };
 
         let hits = self.hits().await?;
         let mut body = self.body(&prompt, &salt);
@@ -167,6 +159,52 @@ impl Check<'_> {
         loaded
             .compare(&computed, tolerance)
             .map_err(CheckError::Different)
+    }
+
+    /// Into the store; what decode is told.
+    async fn save(
+        &self,
+        prompt: &[u32],
+        salt: &HandoffId,
+        ticket: &mut HandoffTicket,
+    ) -> Result<Value, CheckError> {
+        let limit = self.plan.deadline;
+        let id = ticket.id().clone();
+        let leg = |leg: &str| json!({"pegaflow": {"handoff": id.as_str(), "leg": leg}});
+        self.prefill(prompt, salt, leg("prefill")).await?;
+        let _ = ticket.settled_within(OPEN_GRACE.min(limit)).await;
+        if ticket.state() == HandoffState::Expected {
+            return Err(CheckError::NeverOpened);
+        }
+        match ticket.settled_within(limit).await {
+            HandoffOutcome::Ready { chunks, .. } if chunks >= CHUNKS => Ok(leg("decode")),
+            HandoffOutcome::Ready { chunks, .. } => Err(CheckError::NotStored { stored: chunks }),
+            HandoffOutcome::Failed(failure) => Err(CheckError::Handoff(failure)),
+        }
+    }
+
+    /// In the prefill node's own cache; what its connector has to say to decode's.
+    async fn keep(&self, prompt: &[u32], salt: &HandoffId) -> Result<Value, CheckError> {
+        let keep = json!({"do_remote_decode": true, "do_remote_prefill": false});
+        let mut reply = self.prefill(prompt, salt, keep).await?;
+        match reply.get_mut("kv_transfer_params").map(Value::take) {
+            Some(params @ Value::Object(_)) => Ok(params),
+            _ => Err(CheckError::NeverOpened),
+        }
+    }
+
+    async fn prefill(
+        &self,
+        prompt: &[u32],
+        salt: &HandoffId,
+        params: Value,
+    ) -> Result<Value, CheckError> {
+        let mut body = self.body(prompt, salt);
+        set(&mut body, "max_tokens", json!(1));
+        set(&mut body, "kv_transfer_params", params);
+        let limit = self.plan.deadline;
+        let saved = self.client.complete(self.prefill.1, &body, limit).await;
+        saved.map_err(CheckError::Prefill)
     }
 
     fn glance(&self) -> [Glance; 2] {

@@ -106,6 +106,7 @@ impl NodeActor {
         }
         Some(match verdict.finding {
             Finding::Proven => Event::Proven,
+            Finding::Vouched => Event::Vouched,
             Finding::Unpaired => Event::Unpaired,
             Finding::Refused(why) => Event::Refused(why),
         })

@@ -26,6 +26,8 @@ pub enum Event {
     Canary(Canary),
     Warm(Warmth),
     Proven,
+    /// Its partners are others' nodes, with which no KV canary runs.
+    Vouched,
     /// There is nobody to run the KV canary with.
     Unpaired,
     Refused(String),

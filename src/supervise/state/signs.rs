@@ -143,7 +143,7 @@ impl Machine {
         vec![]
     }
 
-    pub(super) fn proven(&mut self, now: Instant) -> Vec<Action> {
+    pub(super) fn trusted(&mut self, trust: KvTrust, now: Instant) -> Vec<Action> {
         if self.trust == KvTrust::None {
             // It has no connector: there is nothing to prove.
             return vec![];
@@ -152,10 +152,10 @@ impl Machine {
             _ if self.role == Role::Unified => {}
             State::Verifying => {
                 self.serve(now);
-                self.trust = KvTrust::Proven;
+                self.trust = trust;
             }
             State::Ready { .. } | State::Unreachable { .. } | State::Draining { .. } => {
-                self.trust = KvTrust::Proven;
+                self.trust = trust;
             }
             _ => {}
         }

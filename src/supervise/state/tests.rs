@@ -340,6 +340,7 @@ fn event() -> impl Strategy<Value = Event> {
         4 => Just(Event::Warm(Warmth::Warm)),
         1 => Just(Event::Warm(Warmth::Failed("x".into()))),
         3 => Just(Event::Proven),
+        1 => Just(Event::Vouched),
         1 => Just(Event::Unpaired),
         1 => Just(Event::Refused("x".into())),
         1 => Just(Event::Command(Command::Drain)),
@@ -414,7 +415,7 @@ proptest! {
                 prop_assert!(delay <= plan().backoff_max);
             }
             prop_assert_eq!(role == Role::Unified, *node.trust() == KvTrust::None);
-            if *node.trust() == KvTrust::Proven {
+            if matches!(node.trust(), KvTrust::Proven | KvTrust::Assumed) {
                 prop_assert!(matches!(phase, Phase::Ready | Phase::Unreachable | Phase::Draining));
             }
             // The clock always leads somewhere, and never spins.

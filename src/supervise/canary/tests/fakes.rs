@@ -154,6 +154,9 @@ impl Pair {
                         Finding::Proven => {
                             (node.phase, node.trust) = (Phase::Ready, KvTrust::Proven);
                         }
+                        Finding::Vouched => {
+                            (node.phase, node.trust) = (Phase::Ready, KvTrust::Assumed);
+                        }
                         Finding::Unpaired => node.phase = Phase::Ready,
                         Finding::Refused(why) => {
                             (node.phase, node.trust) = (Phase::Failed, KvTrust::Refused(why));
@@ -164,6 +167,7 @@ impl Pair {
         }
         let canary = Canary {
             plan: CanaryPlan {
+                connector: crate::topology::Connector::Pegaflow,
                 block_size: BLOCK,
                 tolerance: 0.0,
                 deadline: LIMIT,
