@@ -113,3 +113,32 @@ impl Release {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn claim() -> Claim {
+        Claim {
+            params: Mutex::new(Some("{}".to_owned())),
+            since: Instant::now(),
+            release: None,
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_is_good_once_and_for_a_while() {
+        let taken = claim();
+        let params = taken.take().unwrap();
+        assert_eq!(taken.take(), None);
+        taken.give_back(params);
+        assert!(taken.take().is_some());
+
+        let old = claim();
+        tokio::time::advance(FRESH - Duration::from_millis(1)).await;
+        let params = old.take().unwrap();
+        old.give_back(params);
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert_eq!(old.take(), None);
+    }
+}

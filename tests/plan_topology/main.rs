@@ -7,6 +7,7 @@
 )]
 
 mod keys;
+mod nixl;
 mod together;
 
 use std::path::Path;
