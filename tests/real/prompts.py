@@ -37,6 +37,17 @@ class Exact:
             return float("inf")
         return max(abs(a - b) for a, b in zip(self.logprobs, other.logprobs, strict=True))
 
+    def departure(self, other: "Exact") -> tuple[int, float]:
+        """How many tokens are equal, and the largest distance between logprobs up to the first that is not, that one
+        included: small where two tokens were about as likely, which a batch's rounding decides. What follows are two
+        texts."""
+        assert len(self.tokens) == len(other.tokens)
+        pairs = list(zip(self.tokens, other.tokens, strict=True))
+        equal = next((at for at, (one, another) in enumerate(pairs) if one != another), len(pairs))
+        upto = slice(0, equal + 1)
+        apart = [abs(a - b) for a, b in zip(self.logprobs[upto], other.logprobs[upto], strict=True)]
+        return equal, max(apart)
+
 
 class NodeUrl(str):
     """Where one node of a fleet listens, and the key that it wants to be shown."""

@@ -1,4 +1,4 @@
-"""NIXL between real nodes of one machine: equal answers, and what becomes of a prompt's KV when somebody dies or leaves."""
+"""NIXL between real nodes of one machine: equal answers, and what becomes of KV when somebody dies or leaves."""
 
 import contextlib
 import os
@@ -6,7 +6,6 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
@@ -108,7 +107,8 @@ def test_a_death_loses_no_request_and_strands_nothing(fleet: Fleet, expected, vi
         while time.monotonic() < ends:
             length = LENGTHS[3 + (worker + answered) % 5]
             answer = ask(fleet.url, prompt(61, length), model=model)
-            assert answer.difference(expected[length]) <= ROUNDING
+            # Beside others in a batch, sums are rounded otherwise: a near tie may go the other way.
+            assert answer.departure(expected[length])[1] <= ROUNDING, answer.departure(expected[length])
             answered += 1
         return answered
 
@@ -120,5 +120,5 @@ def test_a_death_loses_no_request_and_strands_nothing(fleet: Fleet, expected, vi
     fleet.wait_for_return(victim, incarnation)
     machine.wait_until(lambda: used(fleet) == 0, LEASE, "prefill holds nothing any more")
     before = fleet.node_metric("decode", HITS)
-    assert ask(fleet.url, prompt(99, 900), model=model).tokens
+    assert ask(fleet.url, prompt(71 if victim == "decode" else 72, 900), model=model).tokens
     assert fleet.node_metric("decode", HITS) - before >= 32 * 28, "hand-offs go on"
