@@ -76,6 +76,10 @@ pub struct ExternalNode {
     /// How much it can do beside others.
     pub weight: u32,
     pub url: NodeUrl,
+    /// What it wants to be shown; `None`: the client's own key is passed on.
+    pub key_file: Option<PathBuf>,
+    /// Who vouches for its certificate; `None`: whom this machine trusts.
+    pub ca_file: Option<PathBuf>,
 }
 
 /// One vLLM server.
@@ -206,6 +210,7 @@ impl Plan {
             Device::Cpu => cpu::pin(&replicas, &host.cpus, &mut found),
         };
         ports(&replicas, inputs, &mut placements, &mut found);
+        warn_of_keys(topology, &mut found);
         let placed = (&replicas[..], &placements[..]);
         let memory = memory::estimate(topology, facts, placed, host, &mut found);
         let sharing = kv::sharing(&replicas, &placements);
@@ -270,7 +275,8 @@ fn replicas(topology: &Topology) -> Vec<Replica<'_>> {
         .collect()
 }
 
-fn others(topology: &Topology) -> Vec<ExternalNode> {
+/// The nodes that others started, in the topology's order.
+pub fn others(topology: &Topology) -> Vec<ExternalNode> {
     let nodes = topology.nodes.iter();
     nodes
         .filter_map(|settings| {
@@ -280,6 +286,8 @@ fn others(topology: &Topology) -> Vec<ExternalNode> {
                 pool: settings.pool.clone(),
                 weight: settings.weight,
                 url: settings.url.clone()?,
+                key_file: settings.key_file.clone(),
+                ca_file: settings.ca_file.clone(),
             })
         })
         .collect()
@@ -304,8 +312,28 @@ fn ports(
     }
 }
 
-fn loopback(port: u16) -> SocketAddr {
-    (Ipv4Addr::LOCALHOST, port).into()
+/// Where a node of ours listens, and is asked.
+fn address(node: &NodeSettings, port: u16) -> SocketAddr {
+    let host = node.host.unwrap_or(Ipv4Addr::LOCALHOST.into());
+    SocketAddr::new(host, port)
+}
+
+/// Whoever is to use a node from elsewhere needs its key.
+fn warn_of_keys(topology: &Topology, found: &mut Found) {
+    if topology.supervisor.node_key_file.is_some() {
+        return;
+    }
+    let mut open = topology.nodes.iter().filter_map(|node| {
+        let host = node.host.filter(|host| !host.is_loopback())?;
+        Some(format!("{} (`host = \"{host}\"`)", node.name))
+    });
+    if let Some(first) = open.next() {
+        let names = open.fold(first, |names, name| format!("{names}, {name}"));
+        found.warning(format!(
+            "nobody else can use {names}: the key that nodes ask for is made new for each run; write `node_key_file` \
+             in [supervisor] to choose it"
+        ));
+    }
 }
 
 #[cfg(test)]
@@ -320,6 +348,9 @@ mod tests {
             role: Role::Unified,
             pool: crate::fleet::DEFAULT_POOL.to_owned(),
             url: None,
+            key_file: None,
+            ca_file: None,
+            host: None,
             model: None,
             weight: 1,
             count: 1,

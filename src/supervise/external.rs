@@ -8,7 +8,7 @@
 //!    └──────────────▶ Down ◀───────── refused, 503, ... ─────┘
 //! ```
 //!
-//! A look is `GET /health` on a connection of its own, every `health_interval`, and at once when the router
+//! A look is `GET /health` on a connection of its own ([`ask`]), every `health_interval`, and at once when the router
 //! was refused a connection. Nobody tells us that a process has been replaced, so each way up from `Down`
 //! counts as a new incarnation.
 
@@ -16,7 +16,6 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use http::StatusCode;
-use reqwest::redirect::Policy;
 use tokio::net::lookup_host;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
@@ -26,8 +25,12 @@ use super::models::{MAX_MODELS, names};
 use crate::fleet::{FleetPublisher, NodeView, Phase};
 use crate::notify::{Beat, Vitals};
 use crate::plan::ExternalNode;
+use crate::reach::{Reach, Reaches};
 use crate::topology::NodeUrl;
 use crate::traffic::Traffic;
+use ask::{Silence, ask};
+
+mod ask;
 
 /// For the whole look.
 const LOOK: Duration = Duration::from_secs(1);
@@ -52,25 +55,16 @@ pub struct ExternalDeps {
     pub fleet: FleetPublisher,
     pub traffic: Traffic,
     pub vitals: Vitals,
+    pub reaches: Reaches,
 }
 
 /// Watches the nodes until `end`.
-pub async fn watch_external(
-    nodes: Vec<ExternalNode>,
-    deps: ExternalDeps,
-    end: CancellationToken,
-) -> reqwest::Result<()> {
-    let http = reqwest::Client::builder()
-        .no_proxy()
-        .redirect(Policy::none())
-        // A connection of before says nothing about whether the node takes new ones.
-        .pool_max_idle_per_host(0)
-        .build()?;
+pub async fn watch_external(nodes: Vec<ExternalNode>, deps: ExternalDeps, end: CancellationToken) {
     let mut watchers = JoinSet::new();
     for node in nodes {
         let beat = deps.vitals.part(format!("the watch of {}", node.id));
         let watcher = Watcher {
-            http: http.clone(),
+            reach: deps.reaches.of(&node.id).clone(),
             interval: deps.health_interval,
             fleet: deps.fleet.clone(),
             traffic: deps.traffic.clone(),
@@ -83,12 +77,11 @@ pub async fn watch_external(
     }
     end.cancelled().await;
     watchers.shutdown().await;
-    Ok(())
 }
 
 struct Watcher {
     node: ExternalNode,
-    http: reqwest::Client,
+    reach: Reach,
     interval: Duration,
     fleet: FleetPublisher,
     traffic: Traffic,
@@ -129,13 +122,12 @@ impl Watcher {
                 Ok(addr) => addr,
                 Err(why) => return Look::Down(why),
             };
-            let url = format!("http://{}/health", self.addr);
-            match self.http.get(url).send().await {
-                Ok(reply) if reply.status().is_success() => Look::Healthy,
-                Ok(reply) => Look::Down(format!("GET /health was answered {}", reply.status())),
-                Err(error) if error.is_connect() => Look::Down(innermost(&error)),
+            match ask(self.addr, &self.reach, "/health", None).await {
+                Ok(reply) if reply.status.is_success() => Look::Healthy,
+                Ok(reply) => Look::Down(format!("GET /health was answered {}", reply.status)),
+                Err(Silence::Unreached(why)) => Look::Down(format!("cannot connect: {why}")),
                 // It hung up in the middle; the next look says more.
-                Err(_) => Look::Late,
+                Err(Silence::Broken) => Look::Late,
             }
         };
         timeout(LOOK, looking).await.unwrap_or(Look::Late)
@@ -170,19 +162,14 @@ impl Watcher {
     /// `None`: not this time. A node that has no list of models is not asked again.
     async fn ask_models(&self) -> Option<Vec<String>> {
         let asking = async {
-            let url = format!("http://{}/v1/models", self.addr);
-            let mut reply = self.http.get(url).send().await.ok()?;
-            if reply.status() == StatusCode::NOT_FOUND {
-                return Some(Vec::new());
+            let reply = ask(self.addr, &self.reach, "/v1/models", Some(MAX_MODELS)).await;
+            let reply = reply.ok()?;
+            match reply.body {
+                _ if reply.status == StatusCode::NOT_FOUND => Some(Vec::new()),
+                // It is longer than any list.
+                None => Some(Vec::new()),
+                Some(body) => names(&body),
             }
-            let mut body = Vec::new();
-            while let Some(piece) = reply.chunk().await.ok()? {
-                body.extend_from_slice(&piece);
-                if body.len() > MAX_MODELS {
-                    return Some(Vec::new());
-                }
-            }
-            names(&body)
         };
         timeout(LOOK, asking).await.ok()?
     }
@@ -209,15 +196,6 @@ async fn resolve(url: &NodeUrl, known: SocketAddr) -> Result<SocketAddr, String>
     }
     let first = found.first().copied();
     first.ok_or_else(|| format!("{} has no address", url.host()))
-}
-
-/// What the operating system said.
-fn innermost(error: &reqwest::Error) -> String {
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    format!("cannot connect: {cause}")
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
