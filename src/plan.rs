@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crate::fleet::{NodeId, NodeKey, Role};
@@ -314,8 +314,7 @@ fn ports(
 
 /// Where a node of ours listens, and is asked.
 fn address(node: &NodeSettings, port: u16) -> SocketAddr {
-    let host = node.host.unwrap_or(Ipv4Addr::LOCALHOST.into());
-    SocketAddr::new(host, port)
+    SocketAddr::new(node.host, port)
 }
 
 /// Whoever is to use a node from elsewhere needs its key.
@@ -323,10 +322,11 @@ fn warn_of_keys(topology: &Topology, found: &mut Found) {
     if topology.supervisor.node_key_file.is_some() {
         return;
     }
-    let mut open = topology.nodes.iter().filter_map(|node| {
-        let host = node.host.filter(|host| !host.is_loopback())?;
-        Some(format!("{} (`host = \"{host}\"`)", node.name))
-    });
+    let open = topology
+        .nodes
+        .iter()
+        .filter(|node| !node.host.is_loopback());
+    let mut open = open.map(|node| format!("{} (`host = \"{}\"`)", node.name, node.host));
     if let Some(first) = open.next() {
         let names = open.fold(first, |names, name| format!("{names}, {name}"));
         found.warning(format!(
@@ -350,7 +350,7 @@ mod tests {
             url: None,
             key_file: None,
             ca_file: None,
-            host: None,
+            host: std::net::Ipv4Addr::LOCALHOST.into(),
             model: None,
             weight: 1,
             count: 1,

@@ -297,8 +297,8 @@ pub struct NodeSettings {
     pub key_file: Option<PathBuf>,
     /// Who vouches for that node's certificate; `None`: whom the machine trusts.
     pub ca_file: Option<PathBuf>,
-    /// This machine's address to listen on; `None`: loopback.
-    pub host: Option<IpAddr>,
+    /// This machine's address to listen on.
+    pub host: IpAddr,
     /// `None`: the topology's.
     pub model: Option<NodeModel>,
     /// How much it can do beside other nodes of its role.

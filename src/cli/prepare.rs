@@ -122,7 +122,7 @@ pub fn guard_program() -> Result<PathBuf, Exit> {
 fn own_addresses(topology: &Topology) -> Result<(), Exit> {
     let nodes = topology.nodes.iter().enumerate();
     let strange = nodes.filter_map(|(index, node)| {
-        let host = node.host.filter(|host| !host::is_own(*host))?;
+        let host = Some(node.host).filter(|host| !host::is_own(*host))?;
         let key = format!("node[{index}].host");
         Some(Problem {
             place: topology.place(&key),

@@ -94,15 +94,19 @@ struct Watcher {
 impl Watcher {
     async fn run(mut self, mut beat: Beat) {
         loop {
-            let look = beat.during(self.look()).await;
+            let mut look = beat.during(self.look()).await;
+            if look == Look::Healthy && self.models.is_none() {
+                // Before anybody is told that it is ready: requests for another model must not get there.
+                match beat.during(self.ask_models()).await {
+                    Models::Listed(models) => self.learn(models),
+                    Models::Unknown => {}
+                    Models::Refused(why) => look = Look::Down(why),
+                }
+            }
             let before = self.standing.clone();
             self.standing.see(look);
             if self.standing.phase != Phase::Ready {
                 self.models = None;
-            } else if self.models.is_none() {
-                // Before anybody is told that it is ready: requests for another model must not get there.
-                self.models = beat.during(self.ask_models()).await;
-                self.publish_models();
             }
             self.publish(&before);
             beat.mark();
@@ -159,27 +163,42 @@ impl Watcher {
         });
     }
 
-    /// `None`: not this time. A node that has no list of models is not asked again.
-    async fn ask_models(&self) -> Option<Vec<String>> {
-        let asking = async {
-            let reply = ask(self.addr, &self.reach, "/v1/models", Some(MAX_MODELS)).await;
-            let reply = reply.ok()?;
-            match reply.body {
-                _ if reply.status == StatusCode::NOT_FOUND => Some(Vec::new()),
-                // It is longer than any list.
-                None => Some(Vec::new()),
-                Some(body) => names(&body),
-            }
+    /// A node that has no list of models is not asked again.
+    async fn ask_models(&self) -> Models {
+        let asked = ask(self.addr, &self.reach, "/v1/models", Some(MAX_MODELS));
+        let Ok(Ok(reply)) = timeout(LOOK, asked).await else {
+            return Models::Unknown;
         };
-        timeout(LOOK, asking).await.ok()?
+        match (reply.status, reply.body) {
+            // Whose key is not ours is asked with the clients' own.
+            (status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN), _)
+                if self.reach.authorization().is_some() =>
+            {
+                Models::Refused(format!(
+                    "GET /v1/models was answered {status}: it does not take the key that it is shown"
+                ))
+            }
+            // In the latter case it is longer than any list.
+            (StatusCode::NOT_FOUND, _) | (_, None) => Models::Listed(Vec::new()),
+            (_, Some(body)) => names(&body).map_or(Models::Unknown, Models::Listed),
+        }
     }
 
-    fn publish_models(&self) {
-        let Some(models) = &self.models else { return };
+    fn learn(&mut self, models: Vec<String>) {
         self.fleet.update(&self.node.id, |view| {
             view.models = models.as_slice().into();
         });
+        self.models = Some(models);
     }
+}
+
+/// What the node says that it serves.
+enum Models {
+    Listed(Vec<String>),
+    /// Not this time.
+    Unknown,
+    /// It would refuse every request, and this is why.
+    Refused(String),
 }
 
 /// The address now. A name may have several, and may move: the known one is kept while it is among them.

@@ -2,6 +2,7 @@
 //!
 //! A value that cannot be read is reported and replaced by its default, so that reading goes on.
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use toml::de::{DeTable, DeValue};
@@ -379,7 +380,9 @@ fn node(
         url: section.get("url", node_url),
         key_file: section.file("key_file", base),
         ca_file: section.file("ca_file", base),
-        host: section.get("host", host),
+        host: section
+            .get("host", host)
+            .unwrap_or(Ipv4Addr::LOCALHOST.into()),
         model: node_model(&mut section, base, main),
         count: section.get("count", integer(1..=64)).unwrap_or(1),
         gpus,

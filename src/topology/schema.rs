@@ -25,7 +25,7 @@ const ADDRESS: &str = r"([0-9]{1,3}(\.[0-9]{1,3}){3}|\[[0-9A-Fa-f:.]+\]):[0-9]{1
 
 const ORIGIN: &str = r"\*|https?://[!-.0-~]+";
 /// Neither all addresses nor a group of machines.
-const HOST: &str = r"(?!(0|22[4-9]|23[0-9])\.)[0-9]{1,3}(\.[0-9]{1,3}){3}|(?![fF]{2})(?=.*[1-9A-Fa-f])[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*";
+const HOST: &str = r"(?!(0|22[4-9]|23[0-9])\.)[0-9]{1,3}(\.[0-9]{1,3}){3}|(?![fF]{2})(?=.*:.*:)(?=.*[1-9A-Fa-f])[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*";
 
 const NODE_URL: &str = r"[hH][tT][tT][pP][sS]?://[^/?#@\s]+:[0-9]{1,5}/?";
 

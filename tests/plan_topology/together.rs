@@ -231,7 +231,7 @@ fn a_node_of_ours_listens_at_one_address() {
     for good in ["127.0.0.1", "10.0.0.8", "::1", "fd00::8"] {
         let text = unified(&format!("host = \"{good}\"\n"));
         let topology = Topology::parse(&text, Path::new("t.toml")).unwrap();
-        assert_eq!(topology.nodes[0].host, Some(good.parse().unwrap()));
+        assert_eq!(topology.nodes[0].host.to_string(), good);
     }
     for wrong in ["0.0.0.0", "::", "224.0.0.1", "localhost", "10.0.0.8:1", ""] {
         let text = unified(&format!("host = \"{wrong}\"\n"));
