@@ -421,6 +421,21 @@ async fn a_request_that_meets_a_certificate_for_nobody_here_is_told_so() {
         rig.finish().await;
     }
     assert_eq!(door.node.seen().len(), 2);
+
+    // A CA's own certificate, self-signed, as `openssl req -x509` makes it.
+    let mut params = CertificateParams::new(["node.test".to_owned()]).unwrap();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let key = KeyPair::generate().unwrap();
+    let made = params.self_signed(&key).unwrap();
+    let config = server(made.der().to_vec(), &key);
+    let door = Door::new(config, node(Answer::Tokens).await).await;
+    let roots = Roots::from_pem(&made.pem()).unwrap();
+    let tls = NodeTls::new("node.test", "node.test:1", &roots).unwrap();
+    let reaches = Reaches::new([("u".into(), Reach::default().with_tls(tls))]);
+    let rig = rig(&door, reaches).await;
+    let got = rig.complete(&stream(1)).await;
+    assert!(got.text.contains("CA:FALSE"), "{}", got.text);
+    rig.finish().await;
 }
 
 #[tokio::test]
@@ -530,4 +545,28 @@ async fn without_a_file_those_vouch_whom_the_machine_trusts() {
     router.phase_is("unified", "ready").await;
     router.complete(&stream(1)).await.is_whole_stream("1");
     router.stop().await;
+}
+
+#[tokio::test]
+async fn pieces_of_a_stream_come_as_they_are_said_and_a_client_that_leaves_ends_it() {
+    use futures_util::StreamExt as _;
+    let ca = Ca::new("ours");
+    let door = Door::new(
+        ca.certificate("node.test"),
+        node(Answer::StallAfter(3)).await,
+    )
+    .await;
+    let rig = rig(&door, reach("node.test", &ca)).await;
+    let reply = rig.request("/v1/completions", &stream(1)).send();
+    let reply = soon("a head", reply).await.unwrap();
+    let mut pieces = reply.bytes_stream();
+    let mut got = String::new();
+    while got.matches("\"token\":").count() < 3 {
+        let piece = soon("a piece", pieces.next()).await.unwrap().unwrap();
+        got.push_str(std::str::from_utf8(&piece).unwrap());
+    }
+    door.node.active_is(1).await;
+    drop(pieces);
+    door.node.active_is(0).await;
+    rig.finish().await;
 }

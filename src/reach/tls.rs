@@ -139,6 +139,13 @@ fn told(error: &io::Error) -> String {
             "nobody who is trusted here has signed its certificate; name the file of its CA (`ca_file`, --node-ca-file)"
                 .to_owned()
         }
+        // Its type is another crate's; `openssl req -x509` makes such certificates.
+        Some(rustls::Error::InvalidCertificate(CertificateError::Other(why)))
+            if why.to_string() == "CaUsedAsEndEntity" =>
+        {
+            "its certificate is a CA's, and no node's; make it one with basicConstraints CA:FALSE"
+                .to_owned()
+        }
         Some(rustls::Error::InvalidCertificate(why)) => {
             format!("its certificate is refused: {why}")
         }
