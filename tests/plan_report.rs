@@ -338,6 +338,13 @@ fn a_host_and_a_key_that_cannot_be_used_are_refused_before_anything_starts() {
         "{open}"
     );
     fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::write(&key, "short\n").unwrap();
+    let short = told(machine.plan(&topology("127.0.0.2"), &[]));
+    assert!(
+        short.contains("node.key") && short.contains("8 characters"),
+        "{short}"
+    );
+    fs::write(&key, "chosen-s3cret\n").unwrap();
     // An address that documents have and machines do not.
     let strange = told(machine.plan(&topology("192.0.2.1"), &[]));
     assert!(

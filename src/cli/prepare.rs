@@ -118,6 +118,22 @@ pub fn guard_program() -> Result<PathBuf, Exit> {
         .map_err(|error| Exit::failed("cannot find pegaflow's own program", error))
 }
 
+/// What is shorter can be tried out, and would not be hidden in logs.
+const LEAST_KEY: usize = 8;
+
+/// The key of our own nodes, where a person chose it.
+fn chosen(file: &Path) -> Result<NodeKey, Exit> {
+    let key = node_key(file)?;
+    match key.reveal().len() {
+        LEAST_KEY.. => Ok(key),
+        _ => Err(Exit::Machine(anyhow!(
+            "the key of the nodes in {} is too short; write {LEAST_KEY} characters at least (`openssl rand -hex 24` makes \
+             some)",
+            file.display()
+        ))),
+    }
+}
+
 /// Nodes can listen on addresses of this machine alone.
 fn own_addresses(topology: &Topology) -> Result<(), Exit> {
     let nodes = topology.nodes.iter().enumerate();
@@ -151,7 +167,7 @@ pub struct Run<'a> {
 impl<'a> Run<'a> {
     pub fn new(topology: &'a Topology, run_dir: &'a Path, token: &'a str) -> Result<Self, Exit> {
         let node_key = match &topology.supervisor.node_key_file {
-            Some(file) => node_key(file)?,
+            Some(file) => chosen(file)?,
             None => NodeKey::random(),
         };
         own_addresses(topology)?;
