@@ -27,7 +27,7 @@ use tokio::sync::watch;
 
 mod key;
 
-pub use key::NodeKey;
+pub use key::{KeyError, NodeKey};
 
 /// A node's name, unique in its topology: the `name` of its `[[node]]`, with `-0`, `-1`, ...
 /// appended when `count` is above one.

@@ -34,7 +34,7 @@ pub use memory::{
     HUGE_PAGE, HugePages, Memlock, MemoryFacts, ShmemThp, memory_available, raise_memlock,
 };
 pub use numa::NumaNode;
-pub use ports::{PORTS_PER_NODE, PortRanges, claim_ports};
+pub use ports::{PORTS_PER_NODE, PortRanges, claim_ports, is_own};
 
 use crate::topology::PciAddress;
 

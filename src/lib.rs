@@ -40,6 +40,7 @@ pub mod model;
 pub mod notify;
 pub mod observe;
 pub mod plan;
+pub mod reach;
 pub mod router;
 pub mod runtime;
 pub mod shutdown;

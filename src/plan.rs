@@ -6,15 +6,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use crate::fleet::{NodeId, NodeKey, Role};
 use crate::host::{HostSnapshot, PORTS_PER_NODE};
+use crate::topology::{
+    Connector, Launcher, ModelFacts, ModelRef, NodeSettings, NodeUrl, Secrets, Topology,
+};
 pub use crate::topology::{
     Device, RouterSettings as RouterPlan, SupervisorSettings as SupervisorPlan,
 };
-use crate::topology::{Launcher, ModelFacts, ModelRef, NodeSettings, NodeUrl, Secrets, Topology};
 
 mod cpu;
 mod gpu;
@@ -76,6 +78,10 @@ pub struct ExternalNode {
     /// How much it can do beside others.
     pub weight: u32,
     pub url: NodeUrl,
+    /// What it wants to be shown; `None`: the client's own key is passed on.
+    pub key_file: Option<PathBuf>,
+    /// Who vouches for its certificate; `None`: whom this machine trusts.
+    pub ca_file: Option<PathBuf>,
 }
 
 /// One vLLM server.
@@ -208,10 +214,12 @@ impl Plan {
             Device::Cpu => cpu::pin(&replicas, &host.cpus, &mut found),
         };
         ports(&replicas, inputs, &mut placements, &mut found);
+        warn_of_keys(topology, &mut found);
         let placed = (&replicas[..], &placements[..]);
         let memory = memory::estimate(topology, facts, placed, host, &mut found);
         let sharing = kv::sharing(&replicas, &placements);
         let kv = kv::plan(topology, host, &replicas, &sharing, &mut found);
+        side_channel(topology, &mut found);
         let warnings = found.into_warnings(topology)?;
 
         let launch = launch::Launch { topology, inputs };
@@ -272,7 +280,8 @@ fn replicas(topology: &Topology) -> Vec<Replica<'_>> {
         .collect()
 }
 
-fn others(topology: &Topology) -> Vec<ExternalNode> {
+/// The nodes that others started, in the topology's order.
+pub fn others(topology: &Topology) -> Vec<ExternalNode> {
     let nodes = topology.nodes.iter();
     nodes
         .filter_map(|settings| {
@@ -282,9 +291,27 @@ fn others(topology: &Topology) -> Vec<ExternalNode> {
                 pool: settings.pool.clone(),
                 weight: settings.weight,
                 url: settings.url.clone()?,
+                key_file: settings.key_file.clone(),
+                ca_file: settings.ca_file.clone(),
             })
         })
         .collect()
+}
+
+/// Nodes of other machines ask ours what they hold.
+fn side_channel(topology: &Topology, found: &mut Found) {
+    let is_far = |node: &NodeSettings| {
+        let host = node.url.as_ref().map(NodeUrl::host);
+        host.is_some_and(|host| !matches!(host, "localhost" | "127.0.0.1" | "::1"))
+    };
+    let nixl = topology.kv.connector == Connector::Nixl;
+    if nixl && topology.kv.side_channel_host.is_loopback() && topology.nodes.iter().any(is_far) {
+        found.warning(
+            "NIXL's side channel is on loopback, where nodes on other machines cannot ask for KV: write \
+             `side_channel_host` in [kv]"
+                .to_owned(),
+        );
+    }
 }
 
 fn ports(
@@ -307,8 +334,28 @@ fn ports(
     }
 }
 
-fn loopback(port: u16) -> SocketAddr {
-    (Ipv4Addr::LOCALHOST, port).into()
+/// Where a node of ours listens, and is asked.
+fn address(node: &NodeSettings, port: u16) -> SocketAddr {
+    SocketAddr::new(node.host, port)
+}
+
+/// Whoever is to use a node from elsewhere needs its key.
+fn warn_of_keys(topology: &Topology, found: &mut Found) {
+    if topology.supervisor.node_key_file.is_some() {
+        return;
+    }
+    let open = topology
+        .nodes
+        .iter()
+        .filter(|node| !node.host.is_loopback());
+    let mut open = open.map(|node| format!("{} (`host = \"{}\"`)", node.name, node.host));
+    if let Some(first) = open.next() {
+        let names = open.fold(first, |names, name| format!("{names}, {name}"));
+        found.warning(format!(
+            "nobody else can use {names}: the key that nodes ask for is made new for each run; write `node_key_file` \
+             in [supervisor] to choose it"
+        ));
+    }
 }
 
 #[cfg(test)]
@@ -323,6 +370,9 @@ mod tests {
             role: Role::Unified,
             pool: crate::fleet::DEFAULT_POOL.to_owned(),
             url: None,
+            key_file: None,
+            ca_file: None,
+            host: std::net::Ipv4Addr::LOCALHOST.into(),
             model: None,
             weight: 1,
             count: 1,

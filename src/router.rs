@@ -71,6 +71,7 @@ use crate::handoff::HandoffBoard;
 use crate::live::Live;
 use crate::notify::Vitals;
 use crate::plan::RouterPlan;
+use crate::reach::Reaches;
 use crate::shutdown::Shutdown;
 use crate::traffic::Traffic;
 
@@ -78,7 +79,7 @@ pub use error::RouterError;
 pub use keys::{ApiKeys, KeysError, KeysSource};
 pub use legs::LegError;
 pub use metrics::RouterMetrics;
-pub use private_file::read_private;
+pub use private_file::{read_open, read_private};
 pub use tls::{Tls, TlsError};
 
 /// What the router needs from the rest of the program.
@@ -96,6 +97,8 @@ pub struct RouterDeps {
     pub tls: Option<Tls>,
     /// What the nodes want to be shown, but those that others started.
     pub node_key: Option<NodeKey>,
+    /// How those are reached.
+    pub reaches: Reaches,
     pub metrics: RouterMetrics,
     /// What `GET /metrics` prints.
     pub registry: Arc<Registry>,
@@ -204,7 +207,7 @@ impl Context {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         Self {
             admission: admission::Admission::new(&deps.plan, &deps.metrics),
-            client: legs::Client::new(&deps.plan, deps.node_key.as_ref()),
+            client: legs::Client::new(&deps.plan, deps.node_key.as_ref(), deps.reaches),
             affinity: affinity::Affinity::default(),
             breakers: breaker::Breakers::new(&deps.metrics),
             retries: budget::RetryBudget::new(deps.plan.max_in_flight),

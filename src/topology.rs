@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -32,6 +32,7 @@ mod read;
 mod schema;
 mod section;
 mod source;
+mod supervisor;
 mod url;
 mod validate;
 mod value;
@@ -42,9 +43,9 @@ pub use kv::{Connector, KvSettings};
 pub use load::Surroundings;
 pub use memory::{Capacity, HugepageRequest, NumaRequest};
 pub use problem::{Problem, ProblemKind, write_problems};
-pub use read::CgroupRequest;
 pub use schema::{reference, schema};
 pub use source::{Place, Source};
+pub use supervisor::{CgroupRequest, SupervisorSettings};
 pub use url::{NodeUrl, UrlError};
 pub use validate::{OWN_LOG, is_origin};
 
@@ -270,32 +271,6 @@ pub struct TlsFiles {
     pub key: PathBuf,
 }
 
-/// `[supervisor]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SupervisorSettings {
-    /// From spawn to ready; extended while the log grows.
-    pub start_timeout: Duration,
-    pub health_interval: Duration,
-    /// Requests running, or one token asked for, and no sign of life for this long: the node is
-    /// restarted.
-    pub hang_timeout: Duration,
-    /// How long a node may be idle before it is asked for one token; `None`: it is not asked.
-    pub idle_canary: Option<Duration>,
-    /// Between TERM and KILL.
-    pub stop_grace: Duration,
-    /// The second restart's delay; doubles up to `backoff_max`.
-    pub backoff_first: Duration,
-    pub backoff_max: Duration,
-    /// Deaths within `crash_window` after which the node stays down.
-    pub crash_limit: u32,
-    pub crash_window: Duration,
-    /// Bytes of one log file before it is rotated.
-    pub log_bytes: u64,
-    /// Rotated files that are kept.
-    pub log_files: u32,
-    pub cgroup: CgroupRequest,
-}
-
 /// One `[[node]]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NodeSettings {
@@ -303,8 +278,14 @@ pub struct NodeSettings {
     pub role: Role,
     /// Nodes of one pool exchange KV.
     pub pool: String,
-    /// Where it is, if others started it; then nothing below counts.
+    /// Where it is, if others started it; then nothing below the next two counts.
     pub url: Option<NodeUrl>,
+    /// A file with the API key of that node; without it the client's own goes there.
+    pub key_file: Option<PathBuf>,
+    /// Who vouches for that node's certificate; `None`: whom the machine trusts.
+    pub ca_file: Option<PathBuf>,
+    /// This machine's address to listen on.
+    pub host: IpAddr,
     /// `None`: the topology's.
     pub model: Option<NodeModel>,
     /// How much it can do beside other nodes of its role.

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use pegaflow::fleet::{NodeKey, Role};
 use pegaflow::host::{Gpu, HostSnapshot, MemoryFacts, NvmlStatus};
 use pegaflow::plan::{NodePlan, Plan, PlanErrors, PlanInputs, PlanProblem};
-use pegaflow::topology::{Device, Launcher, ModelFacts, Topology, cpu_sibling};
+use pegaflow::topology::{Connector, Device, Launcher, ModelFacts, Topology, cpu_sibling};
 use serde_json::json;
 
 const GIB: u64 = 1 << 30;
@@ -113,7 +113,8 @@ fn every_shipped_topology_plans() {
         assert_eq!(plan.nodes.len(), Plan::ports_needed(&topology));
         assert_eq!(plan.warnings, [] as [String; 0], "{}", file.display());
         let shares = plan.nodes.iter().any(|node| node.role != Role::Unified);
-        assert_eq!(plan.kv.enabled, shares);
+        let store = topology.kv.connector == Connector::Pegaflow;
+        assert_eq!(plan.kv.enabled, shares && store);
     }
 }
 
@@ -368,4 +369,39 @@ fn nothing_that_is_printed_holds_the_token() {
     for printed in [table, format!("{plan:?}")] {
         assert!(!printed.contains("s3cret"), "{printed}");
     }
+}
+
+#[test]
+fn a_node_with_a_host_listens_there_and_others_need_a_key_that_is_chosen() {
+    let topology = |host: &str, supervisor: &str| {
+        parse(&format!(
+            "device = \"cpu\"\nmodel = \"owner/name\"\n{supervisor}[[node]]\nname = \"a\"\nrole = \"unified\"\n\
+             host = \"{host}\"\nport = 9000\n[[node]]\nname = \"b\"\nrole = \"unified\"\n"
+        ))
+    };
+    let machine = host(0);
+    let chosen = "[supervisor]\nnode_key_file = \"node.key\"\n";
+    for (host, supervisor, warned) in [
+        ("10.0.0.8", "", true),
+        ("10.0.0.8", chosen, false),
+        ("fd00::8", "", true),
+        ("127.0.0.2", "", false),
+    ] {
+        let topology = topology(host, supervisor);
+        let plan = Plan::make(&topology, &machine, &inputs()).unwrap();
+        let [a, b] = &plan.nodes[..] else { panic!() };
+        assert_eq!(flag(a, "--host"), Some(host));
+        assert_eq!(flag(a, "--port"), Some("9000"));
+        assert_eq!((a.addr.ip(), a.addr.port()), (host.parse().unwrap(), 9000));
+        assert_eq!(flag(b, "--host"), Some("127.0.0.1"));
+        assert_eq!(b.addr.to_string(), "127.0.0.1:11032");
+        let warning = plan
+            .warnings
+            .iter()
+            .find(|text| text.contains("node_key_file"));
+        assert_eq!(warning.is_some(), warned, "{:?}", plan.warnings);
+        assert!(warning.is_none_or(|text| text.contains(host)));
+    }
+    let key = topology("10.0.0.8", chosen).supervisor.node_key_file;
+    assert_eq!(key.as_deref(), Some(Path::new("node.key")));
 }

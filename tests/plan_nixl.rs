@@ -41,7 +41,7 @@ fn plan(device: &str, kv: &str) -> Plan {
         model: ModelFacts {
             load_from: "owner/name".to_owned(),
             identity: "weights-1".to_owned(),
-            config: None,
+            config: Some(json!({"model_type": "qwen3"})),
             weights: None,
         },
         other_models: Vec::new(),
@@ -91,6 +91,19 @@ fn prefill_produces_decode_consumes_and_each_has_a_side_channel_of_its_own() {
         assert_eq!(connector(unified), None);
         assert!(!unified.env.contains_key("VLLM_NIXL_SIDE_CHANNEL_HOST"));
     }
+}
+
+#[test]
+fn a_side_channel_that_others_cannot_reach_is_told() {
+    let far = "[[node]]\nname = \"far\"\nrole = \"decode\"\nurl = \"http://10.0.0.8:8000\"\n";
+    assert_eq!(plan("cpu", "").warnings, Vec::<String>::new());
+    let warned = plan("cpu", far).warnings;
+    assert!(
+        matches!(&warned[..], [one] if one.contains("side_channel_host")),
+        "{warned:?}"
+    );
+    let reachable = format!("side_channel_host = \"10.0.0.7\"\n{far}");
+    assert_eq!(plan("cpu", &reachable).warnings, Vec::<String>::new());
 }
 
 #[test]

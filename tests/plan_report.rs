@@ -310,3 +310,54 @@ fn a_refusal_is_json_too_and_ends_as_up_would() {
     );
     none.assert_untouched();
 }
+
+#[test]
+fn a_host_and_a_key_that_cannot_be_used_are_refused_before_anything_starts() {
+    let machine = Machine::new(&two_gpus(80));
+    let topology = |host: &str| {
+        let node = format!("role = \"decode\"\nhost = \"{host}\"");
+        let chosen = "[supervisor]\nnode_key_file = \"node.key\"\n[kv]";
+        PAIR.replacen("role = \"decode\"", &node, 1)
+            .replacen("[kv]", chosen, 1)
+    };
+    let told = |output: Output| {
+        assert_eq!(output.status.code(), Some(4), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let key = machine.path("node.key");
+    let missing = told(machine.plan(&topology("127.0.0.2"), &[]));
+    assert!(
+        missing.contains("node.key") && missing.contains("No such file"),
+        "{missing}"
+    );
+    fs::write(&key, "chosen-s3cret\n").unwrap();
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
+    let open = told(machine.plan(&topology("127.0.0.2"), &[]));
+    assert!(
+        open.contains("chmod o= ") && !open.contains("s3cret"),
+        "{open}"
+    );
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::write(&key, "short\n").unwrap();
+    let short = told(machine.plan(&topology("127.0.0.2"), &[]));
+    assert!(
+        short.contains("node.key") && short.contains("8 characters"),
+        "{short}"
+    );
+    fs::write(&key, "chosen-s3cret\n").unwrap();
+    // An address that documents have and machines do not.
+    let strange = told(machine.plan(&topology("192.0.2.1"), &[]));
+    assert!(
+        strange.contains("node[1].host") && strange.contains("no address of this machine"),
+        "{strange}"
+    );
+
+    let output = machine.plan(&topology("127.0.0.2"), &["--json"]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("127.0.0.2:") && !text.contains("chosen-s3cret"),
+        "{text}"
+    );
+    machine.assert_untouched();
+}

@@ -297,6 +297,7 @@ const VALUES: &[&str] = &[
     "'bfloat16'",
     "'half'",
     "'reply'",
+    "'nixl'",
     "'callback'",
     "'int4'",
     "'builtin:tiny'",
@@ -328,6 +329,12 @@ const VALUES: &[&str] = &[
     "'101%'",
     "'1.5%'",
     "'127.0.0.1:80'",
+    "'10.0.0.8'",
+    "'0.0.0.0'",
+    "'239.0.0.1'",
+    "'::1'",
+    "'::'",
+    "'ff02::1'",
     "'[::1]:80'",
     "'localhost:80'",
     "'127.0.0.1'",
@@ -426,8 +433,14 @@ fn the_defaults_of_the_schema_are_the_readers() {
         let mut written = 0;
         for key in Key::all().iter().filter(|key| !key.is_table()) {
             let others: &[&str] = match device {
-                "cuda" => &["device"],
-                _ => &["device", "gpus", "gpu_memory_fraction", "share_gpus"],
+                "cuda" => &["device", "side_channel_host"],
+                _ => &[
+                    "device",
+                    "side_channel_host",
+                    "gpus",
+                    "gpu_memory_fraction",
+                    "share_gpus",
+                ],
             };
             if let Some(default) = key.property.get("default")
                 && !others.contains(&key.name())

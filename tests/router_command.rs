@@ -252,7 +252,7 @@ async fn wrong_flags_and_a_taken_port_end_it_at_once() {
     for flags in [
         &[][..],
         &["--prefill", "http://127.0.0.1:1"],
-        &["--unified", "https://127.0.0.1:1"],
+        &["--unified", "ftp://127.0.0.1:1"],
         &["--unified", "127.0.0.1:1"],
         &["--unified", "http://127.0.0.1:1", "http://127.0.0.1:1"],
     ] {

@@ -60,6 +60,7 @@ fn quick() -> SupervisorPlan {
         log_bytes: 1 << 20,
         log_files: 5,
         cgroup: CgroupRequest::Off,
+        node_key_file: None,
     }
 }
 

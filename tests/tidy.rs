@@ -21,7 +21,7 @@ const LAYERS: &[&[&str]] = &[
     &["observe"],
     &["plan"],
     &["runtime", "model", "instance", "host", "topology"],
-    &["traffic", "live"],
+    &["traffic", "live", "reach"],
     &["fleet", "handoff", "notify", "shutdown"],
 ];
 

@@ -2,6 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use anyhow::anyhow;
+
+use super::others::node_key;
 use super::{Context, Exit};
 use crate::fleet::NodeKey;
 use crate::host::{self, HostSnapshot, PortRanges};
@@ -9,7 +12,7 @@ use crate::instance;
 use crate::model;
 use crate::plan::{Plan, PlanInputs};
 use crate::runtime::{self, Guarding, Job, Runtime};
-use crate::topology::{self, Launcher, ModelFacts, ModelRef, Topology};
+use crate::topology::{self, Launcher, ModelFacts, ModelRef, Problem, Topology, write_problems};
 
 /// `pegaflow prepare`: does the slow, once-only part of `up`, and prints where things are.
 pub async fn prepare(cx: Context) -> Result<(), Exit> {
@@ -115,6 +118,43 @@ pub fn guard_program() -> Result<PathBuf, Exit> {
         .map_err(|error| Exit::failed("cannot find pegaflow's own program", error))
 }
 
+/// What is shorter can be tried out, and would not be hidden in logs.
+const LEAST_KEY: usize = 8;
+
+/// The key of our own nodes, where a person chose it.
+fn chosen(file: &Path) -> Result<NodeKey, Exit> {
+    let key = node_key(file)?;
+    match key.reveal().len() {
+        LEAST_KEY.. => Ok(key),
+        _ => Err(Exit::Machine(anyhow!(
+            "the key of the nodes in {} is too short; write {LEAST_KEY} characters at least (`openssl rand -hex 24` makes \
+             some)",
+            file.display()
+        ))),
+    }
+}
+
+/// Nodes can listen on addresses of this machine alone.
+fn own_addresses(topology: &Topology) -> Result<(), Exit> {
+    let nodes = topology.nodes.iter().enumerate();
+    let strange = nodes.filter_map(|(index, node)| {
+        let host = Some(node.host).filter(|host| !host::is_own(*host))?;
+        let key = format!("node[{index}].host");
+        Some(Problem {
+            place: topology.place(&key),
+            key,
+            kind: format!("{host} is no address of this machine; write one of those that `ip -brief address` shows"),
+        })
+    });
+    match strange.collect::<Vec<_>>() {
+        problems if problems.is_empty() => Ok(()),
+        problems => Err(Exit::Machine(anyhow!(write_problems(
+            topology.source.file(),
+            &problems
+        )))),
+    }
+}
+
 /// The secrets, the paths and the ports of one run.
 pub struct Run<'a> {
     topology: &'a Topology,
@@ -126,6 +166,11 @@ pub struct Run<'a> {
 
 impl<'a> Run<'a> {
     pub fn new(topology: &'a Topology, run_dir: &'a Path, token: &'a str) -> Result<Self, Exit> {
+        let node_key = match &topology.supervisor.node_key_file {
+            Some(file) => chosen(file)?,
+            None => NodeKey::random(),
+        };
+        own_addresses(topology)?;
         let count = Plan::ports_needed(topology);
         let ports = host::claim_ports(count, &topology.fixed_ports())
             .map_err(|error| Exit::Machine(error.into()))?;
@@ -133,7 +178,7 @@ impl<'a> Run<'a> {
             topology,
             run_dir,
             token,
-            node_key: NodeKey::random(),
+            node_key,
             ports,
         })
     }

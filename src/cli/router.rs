@@ -6,33 +6,33 @@
 //!
 //! There is no topology, no store and no supervisor here; `docs/router.md` says how it is used.
 
+mod nodes;
 mod store;
 
-use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::anyhow;
 use bytesize::ByteSize;
 use clap::Args;
 use prometheus_client::registry::Registry;
 use tokio::task::JoinSet;
 
 use super::listen::{self, Credentials};
-use super::others::Watching;
+use super::others::{self, Watching};
 use super::{Exit, Seat};
-use crate::fleet::{DEFAULT_POOL, FleetPublisher, Role};
+use crate::fleet::FleetPublisher;
 use crate::handoff::HandoffBoard;
 use crate::live::Live;
 use crate::observe::{LogFormat, NodeCollector};
 use crate::plan::ExternalNode;
 use crate::router::{self, RouterDeps, RouterMetrics};
-use crate::supervise::ExternalDeps;
-use crate::topology::{Connector, KvReady, NodeUrl, RouterSettings, TlsFiles, is_origin};
+use crate::supervise::{ExternalDeps, OrderDesk};
+use crate::topology::{Connector, KvReady, RouterSettings, TlsFiles, is_origin};
 use crate::traffic::Traffic;
+use nodes::NodeArgs;
 use store::StoreArgs;
 
 const WEEK: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -46,15 +46,8 @@ pub struct RouterArgs {
     /// Port to listen on.
     #[arg(long, default_value_t = 8080, value_parser = clap::value_parser!(u16).range(1..))]
     port: u16,
-    /// Nodes that compute prompts, like http://10.0.0.7:8000. Can be given several times.
-    #[arg(long, num_args = 1.., value_name = "URL")]
-    prefill: Vec<NodeUrl>,
-    /// Nodes that load a prompt's KV and generate. Can be given several times.
-    #[arg(long, num_args = 1.., value_name = "URL")]
-    decode: Vec<NodeUrl>,
-    /// Nodes that do everything for themselves. Can be given several times.
-    #[arg(long, num_args = 1.., value_name = "URL")]
-    unified: Vec<NodeUrl>,
+    #[command(flatten)]
+    nodes: NodeArgs,
     /// A file of API keys, one a line; read again when it changes. More may stand in PEGAFLOW_API_KEYS. Without
     /// either, everybody who reaches the port may use it.
     #[arg(long, value_name = "FILE")]
@@ -209,46 +202,6 @@ pub(super) fn count(least: usize) -> impl Fn(&str) -> Result<usize, String> + Cl
 }
 
 impl RouterArgs {
-    /// Named like replicas in a topology.
-    fn nodes(&self) -> Result<Vec<ExternalNode>, Exit> {
-        let groups = [
-            (Role::Prefill, &self.prefill),
-            (Role::Decode, &self.decode),
-            (Role::Unified, &self.unified),
-        ];
-        let mut nodes = Vec::new();
-        let mut roles = BTreeMap::new();
-        for (role, urls) in groups {
-            for (index, url) in urls.iter().enumerate() {
-                if let Some(other) = roles.insert(url, role) {
-                    return Err(Exit::Usage(anyhow!(
-                        "{url} is given twice (--{other} and --{role}); a node has one role"
-                    )));
-                }
-                let id = match urls.len() {
-                    1 => role.to_string(),
-                    _ => format!("{role}-{index}"),
-                };
-                nodes.push(ExternalNode {
-                    id: id.as_str().into(),
-                    role,
-                    pool: DEFAULT_POOL.to_owned(),
-                    weight: 1,
-                    url: url.clone(),
-                });
-            }
-        }
-        let lacks = match (self.prefill.is_empty(), self.decode.is_empty()) {
-            (true, true) if self.unified.is_empty() => {
-                "no node is given: write --prefill URL and --decode URL, or --unified URL"
-            }
-            (true, false) => "--decode needs --prefill beside it (or write --unified)",
-            (false, true) => "--prefill needs --decode beside it (or write --unified)",
-            _ => return Ok(nodes),
-        };
-        Err(Exit::Usage(anyhow!(lacks)))
-    }
-
     fn tls(&self) -> Option<TlsFiles> {
         Some(TlsFiles {
             cert: self.tls_cert.clone()?,
@@ -292,7 +245,8 @@ impl RouterArgs {
 }
 
 pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
-    let nodes = args.nodes()?;
+    let nodes = args.nodes.nodes()?;
+    let reaches = others::reaches(&nodes)?;
     let engine = args.store.remote()?;
     let (host, port) = (args.host.as_str(), args.port);
     let name = format!("{host} port {port}");
@@ -312,6 +266,9 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
         fleet: fleet.clone(),
         traffic: traffic.clone(),
         vitals: vitals.clone(),
+        reaches: reaches.clone(),
+        // Nobody can give any.
+        orders: OrderDesk::default(),
     };
     let mut registry = Registry::default();
     let mut helpers = JoinSet::new();
@@ -330,6 +287,7 @@ pub async fn router(seat: Seat, args: RouterArgs) -> Result<(), Exit> {
         admin,
         tls,
         node_key: None,
+        reaches,
         metrics,
         registry: Arc::new(registry),
         vitals,
@@ -394,11 +352,11 @@ mod tests {
     fn urls_follow_a_flag_or_repeat_it() {
         let line = "router --prefill http://a:1 http://b:1 --decode http://c:1 --decode http://d:1 \
                     --unified http://e:1";
-        let nodes = parse(line).unwrap().nodes().unwrap();
+        let nodes = parse(line).unwrap().nodes.nodes().unwrap();
         let names: Vec<_> = nodes.iter().map(|node| node.id.as_str()).collect();
         let expected = ["prefill-0", "prefill-1", "decode-0", "decode-1", "unified"];
         assert_eq!(names, expected);
-        let one = parse(PAIR).unwrap().nodes().unwrap();
+        let one = parse(PAIR).unwrap().nodes.nodes().unwrap();
         assert_eq!(one[0].id.as_str(), "prefill");
     }
 
@@ -411,7 +369,7 @@ mod tests {
             "router --unified http://a:1 --decode http://b:1",
             "router --prefill http://a:1 --decode http://A:1/",
         ] {
-            let refused = parse(line).unwrap().nodes();
+            let refused = parse(line).unwrap().nodes.nodes();
             assert!(matches!(refused, Err(Exit::Usage(_))), "{line}");
         }
     }
@@ -419,7 +377,7 @@ mod tests {
     #[test]
     fn values_that_make_no_sense_are_refused() {
         for wrong in [
-            "--prefill https://a:1",
+            "--prefill ftp://a:1",
             "--prefill",
             "--port 0",
             "--connect-timeout 0s",

@@ -21,7 +21,7 @@ use tokio::task::{JoinError, JoinHandle, JoinSet};
 
 use super::leftovers::{end_orphans, host_that_fits};
 use super::listen::{self, Credentials};
-use super::others::Watching;
+use super::others::{self, Watching};
 use super::prepare::{Run, guard_program, install};
 use super::ready;
 use super::{Context, Exit};
@@ -34,7 +34,8 @@ use crate::host::{self, GpuWatcher};
 use crate::instance::{Instance, InstanceError, InstanceInfo};
 use crate::live::Live;
 use crate::observe::{Console, GpuCollector, LogFile, NodeCollector};
-use crate::plan::{Device, ExternalNode, Plan};
+use crate::plan::{self, Device, ExternalNode, Plan};
+use crate::reach::Reaches;
 use crate::router::{self, Listeners, RouterDeps, RouterMetrics};
 use crate::shutdown::Shutdown;
 use crate::supervise::{
@@ -65,6 +66,7 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
     let name = format!("[router] listen = \"{listen}\"");
     let listeners = listen::listen(listen, name, metrics).await?;
     let credentials = Credentials::open(&topology.router)?;
+    let reaches = others::reaches(&plan::others(&topology))?;
     info.url = Some(topology.router.url());
     instance
         .set_info(&info)
@@ -101,6 +103,7 @@ pub async fn up(cx: Context) -> Result<(), Exit> {
         node_key,
         groups,
         credentials,
+        reaches,
     };
     let outcome = serve(&cx, &plan, listeners, own).await;
     let released = instance.release();
@@ -133,6 +136,8 @@ struct Own<'a> {
     node_key: NodeKey,
     groups: Option<Groups>,
     credentials: Credentials,
+    /// How the nodes of others are reached.
+    reaches: Reaches,
 }
 
 /// Runs the plan until it is told to stop, and takes everything down again.
@@ -143,6 +148,7 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
         node_key,
         groups,
         credentials: Credentials { keys, admin, tls },
+        reaches,
     } = own;
     listen::take_files(&plan.router);
     let board = HandoffBoard::default();
@@ -173,7 +179,10 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
 
     let traffic = Traffic::default();
     let started = Arc::new(AtomicBool::new(false));
-    let (orders, desk) = supervise::orders(plan.nodes.iter().map(|node| &node.id));
+    let others = || plan.others.iter().map(|node| &node.id);
+    let known = plan.nodes.iter().map(|node| &node.id);
+    let (orders, mut desk) = supervise::orders(known.chain(others()));
+    let others = desk.split(others());
     let (key, address) = super::dashboard::key(plan, instance)?;
     let control = ControlDeps {
         about: Arc::new(about(cx, plan, instance)),
@@ -227,6 +236,7 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
         admin,
         tls,
         node_key: Some(node_key),
+        reaches: reaches.clone(),
         metrics,
         registry: Arc::new(registry),
         vitals: cx.service.vitals.clone(),
@@ -238,6 +248,8 @@ async fn serve(cx: &Context, plan: &Plan, listeners: Listeners, own: Own<'_>) ->
         fleet: fleet.clone(),
         traffic: supervisor.traffic.clone(),
         vitals: cx.service.vitals.clone(),
+        reaches,
+        orders: others,
     };
     let watching = Watching::start(plan.others.clone(), watch);
     let supervisor = part(cx, supervise::run(supervisor, nodes.clone()));

@@ -46,7 +46,7 @@ enum OrderError {
     Force { consequence: String },
     #[error("pegaflow is stopping, and its nodes with it")]
     Stopping,
-    #[error("{node} was started by others; restart or drain it where that is done")]
+    #[error("{node} was started by others; restart it where that is done (it can be drained here)")]
     External { node: NodeId },
     #[error("{node}: {source}")]
     Node { node: NodeId, source: Refusal },
@@ -59,7 +59,7 @@ impl OrderError {
             Self::Limit { .. } => StatusCode::BAD_REQUEST,
             Self::Force { .. } | Self::Stopping | Self::External { .. } => StatusCode::CONFLICT,
             Self::Node { source, .. } => match source {
-                Refusal::Stopping => StatusCode::CONFLICT,
+                Refusal::Stopping | Refusal::Others => StatusCode::CONFLICT,
                 Refusal::NoAnswer(_) => StatusCode::GATEWAY_TIMEOUT,
             },
         }
@@ -112,7 +112,7 @@ async fn order(
         })?,
     };
     let fleet = deps.fleet.now();
-    let nodes = resolve(&fleet, target)?;
+    let nodes = resolve(&fleet, target, verb)?;
     let loss = match verb {
         Verb::Undrain => None,
         Verb::Drain | Verb::Restart => loss(&fleet, &nodes),
@@ -160,18 +160,25 @@ impl Verb {
     }
 }
 
-/// A node of this name, else all nodes of this role, but those that others started.
-fn resolve<'f>(fleet: &'f FleetSnapshot, target: &str) -> Result<Vec<&'f NodeView>, OrderError> {
+/// A node of this name, else all nodes of this role. Those that others started are not ours to restart.
+fn resolve<'f>(
+    fleet: &'f FleetSnapshot,
+    target: &str,
+    verb: Verb,
+) -> Result<Vec<&'f NodeView>, OrderError> {
+    let ours = |node: &&NodeView| !node.external || verb != Verb::Restart;
     if let Some(node) = fleet.node(&target.into()) {
-        return match node.external {
-            true => Err(OrderError::External {
+        return match ours(&node) {
+            true => Ok(vec![node]),
+            false => Err(OrderError::External {
                 node: node.id.clone(),
             }),
-            false => Ok(vec![node]),
         };
     }
-    let own = fleet.nodes().filter(|node| !node.external);
-    let nodes: Vec<_> = own.filter(|node| node.role.to_string() == target).collect();
+    let ours = fleet.nodes().filter(ours);
+    let nodes: Vec<_> = ours
+        .filter(|node| node.role.to_string() == target)
+        .collect();
     if nodes.is_empty() {
         let known = fleet
             .nodes()
@@ -226,7 +233,7 @@ mod tests {
     }
 
     fn names(fleet: &FleetSnapshot, target: &str) -> Vec<String> {
-        let nodes = resolve(fleet, target).unwrap();
+        let nodes = resolve(fleet, target, Verb::Restart).unwrap();
         nodes.iter().map(|node| node.id.to_string()).collect()
     }
 
@@ -241,14 +248,14 @@ mod tests {
         let fleet = fleet.snapshot();
         assert_eq!(names(&fleet, "decode"), ["decode"]);
         assert_eq!(names(&fleet, "prefill"), ["p"]);
-        let refused = resolve(&fleet, "x");
+        let refused = resolve(&fleet, "x", Verb::Drain);
         assert!(
             matches!(refused, Err(OrderError::Unknown { known, .. }) if known == "d2 (decode), decode (decode), p (prefill)")
         );
     }
 
     #[test]
-    fn nodes_of_others_are_not_ours_to_command() {
+    fn nodes_of_others_are_not_ours_to_restart() {
         let fleet = fleet(&[
             ("d1", Role::Decode, Phase::Ready),
             ("d2", Role::Decode, Phase::Ready),
@@ -257,9 +264,13 @@ mod tests {
         let fleet = fleet.snapshot();
         assert_eq!(names(&fleet, "decode"), ["d1"]);
         assert!(matches!(
-            resolve(&fleet, "d2"),
+            resolve(&fleet, "d2", Verb::Restart),
             Err(OrderError::External { .. })
         ));
+        for verb in [Verb::Drain, Verb::Undrain] {
+            assert_eq!(resolve(&fleet, "d2", verb).unwrap().len(), 1);
+            assert_eq!(resolve(&fleet, "decode", verb).unwrap().len(), 2);
+        }
     }
 
     #[test]
@@ -274,7 +285,7 @@ mod tests {
         };
         let lost = |fleet: &FleetPublisher, target: &str| {
             let fleet = fleet.snapshot();
-            loss(&fleet, &resolve(&fleet, target).unwrap())
+            loss(&fleet, &resolve(&fleet, target, Verb::Drain).unwrap())
         };
         let both = nodes(ready);
         assert_eq!(lost(&both, "d1"), None);

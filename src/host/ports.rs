@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
@@ -92,6 +92,15 @@ pub fn claim_ports(count: usize, avoid: &[u16]) -> Result<PortRanges, HostError>
     })
 }
 
+/// One can listen there.
+pub fn is_own(address: IpAddr) -> bool {
+    // Only that it is another's counts: all else is seen when a node starts.
+    match UdpSocket::bind((address, 0)) {
+        Ok(_) => true,
+        Err(error) => error.kind() != io::ErrorKind::AddrNotAvailable,
+    }
+}
+
 fn ephemeral_start(range: &str) -> u16 {
     let start = range.split_whitespace().next();
     start
@@ -173,6 +182,17 @@ mod tests {
         none();
         drop(claimed);
         assert_eq!(claim_ports(1, &others).unwrap().firsts(), [port]);
+    }
+
+    #[test]
+    fn an_address_of_another_machine_is_told_from_an_own_one() {
+        for (address, own) in [
+            ("127.0.0.1", true),
+            ("127.0.0.9", true),
+            ("192.0.2.1", false),
+        ] {
+            assert_eq!(is_own(address.parse().unwrap()), own, "{address}");
+        }
     }
 
     #[test]

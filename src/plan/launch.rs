@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::json;
 
-use super::{NodePlan, Placement, PlanInputs, Replica, cpu, loopback};
+use super::{NodePlan, Placement, PlanInputs, Replica, address, cpu};
 use crate::fleet::{NodeKey, Role};
 use crate::topology::{Connector, Device, Launcher, ModelRef, NodeSettings, Topology};
 
@@ -22,7 +22,7 @@ impl Launch<'_> {
             served_model: self.topology.served_by(replica.settings).to_owned(),
             pool: replica.settings.pool.clone(),
             weight: replica.settings.weight,
-            addr: loopback(placement.port),
+            addr: address(replica.settings, placement.port),
             argv: self.argv(replica, &placement),
             env: self.env(replica, &placement),
             tensor_parallel: replica.settings.tensor_parallel,
@@ -56,7 +56,7 @@ impl Launch<'_> {
         };
         let mut flag = |name: &str, value: String| argv.extend([name.to_owned(), value]);
         flag("--served-model-name", topology.served_by(node).to_owned());
-        flag("--host", loopback(placement.port).ip().to_string());
+        flag("--host", address(node, placement.port).ip().to_string());
         flag("--port", placement.port.to_string());
         flag("--block-size", topology.block_size.to_string());
         flag("--dtype", topology.dtype.clone());

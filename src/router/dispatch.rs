@@ -346,7 +346,7 @@ impl Choice<'_> {
             begun,
         } = failed;
         self.attempts += 1;
-        if matches!(error, LegError::Connect(_)) {
+        if error.is_unreached() {
             cx.traffic.suspect(&node);
         }
         let forgivable = matches!(error, LegError::Transport(_)) && !self.forgiven && !begun;

@@ -112,7 +112,7 @@ async fn attempts(cx: &Context, call: &Call<'_>) -> Stage {
             Event::Failed(ref error) => {
                 tracing::warn!(node = %attempt.pick_id(), id = %call.caller.id, %error, "prefill failed");
                 attempt.pick.failed(error);
-                if matches!(error, LegError::Connect(_)) {
+                if error.is_unreached() {
                     cx.traffic.suspect(attempt.pick_id());
                 }
                 reason = error.label();

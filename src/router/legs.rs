@@ -1,7 +1,8 @@
 //! One leg: a request to one node, up to the moment its answer can be committed to the client.
 
+mod aside;
+
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,16 +13,15 @@ use http_body_util::{BodyExt, Limited};
 use tokio::time::timeout;
 
 use super::balance::Pick;
-use super::pool::{Broken, Failure, NodeBody, Pool, Request};
+use super::pool::{Broken, Failure, NodeBody, Pool, Request, Way};
 use super::split::Endpoint;
 use super::stream::{EventStream, FirstEvents, Last};
 use super::wire::{ReplyHead, request_head};
-use crate::fleet::{FleetSnapshot, FleetWatch, NodeKey, NodeView, Phase};
+use crate::fleet::{FleetSnapshot, FleetWatch, NodeKey, Phase};
+use crate::reach::{Reaches, TlsFailure};
 
 /// Bytes of a reply that is not streamed.
 const MAX_REPLY: usize = 64 << 20;
-/// Bytes of what a node says of itself.
-const MAX_FIGURES: usize = 8 << 20;
 /// How much of a node's error text is quoted.
 const EXCERPT: usize = 300;
 const API_KEY: header::HeaderName = header::HeaderName::from_static("x-api-key");
@@ -42,6 +42,8 @@ const REQUEST_ID: header::HeaderName = header::HeaderName::from_static("x-reques
 pub enum LegError {
     #[error("could not connect")]
     Connect(#[source] io::Error),
+    #[error("could not connect: {0}")]
+    Tls(#[source] TlsFailure),
     #[error("the connection broke: {0}")]
     Transport(#[source] Broken),
     #[error("no answer within {0:?}")]
@@ -73,6 +75,7 @@ impl LegError {
     pub(super) fn label(&self) -> &'static str {
         match self {
             Self::Connect(_) => "connect",
+            Self::Tls(_) => "tls",
             Self::Transport(_) => "transport",
             Self::FirstByteTimeout(_) => "first_byte_timeout",
             Self::ChunkTimeout(_) => "chunk_timeout",
@@ -88,11 +91,20 @@ impl LegError {
         matches!(self, Self::FirstByteTimeout(_) | Self::ChunkTimeout(_))
     }
 
+    /// Nothing was sent: there was no connection.
+    pub(super) fn is_unreached(&self) -> bool {
+        matches!(self, Self::Connect(_) | Self::Tls(_))
+    }
+
     /// The node looks dead, so the supervisor will soon say so, and bring it back.
     pub(super) fn is_death(&self) -> bool {
         matches!(
             self,
-            Self::Connect(_) | Self::Transport(_) | Self::NodeLost { .. } | Self::Truncated
+            Self::Connect(_)
+                | Self::Tls(_)
+                | Self::Transport(_)
+                | Self::NodeLost { .. }
+                | Self::Truncated
         )
     }
 
@@ -106,6 +118,7 @@ impl From<Failure> for LegError {
     fn from(failure: Failure) -> Self {
         match failure {
             Failure::Connect(error) => Self::Connect(error),
+            Failure::Tls(error) => Self::Tls(error),
             Failure::Broken(error) => Self::Transport(error),
         }
     }
@@ -251,14 +264,21 @@ pub(super) struct Client {
     first_byte_timeout: Duration,
     /// What nodes of ours want to be shown.
     node_key: Option<HeaderValue>,
+    /// How those of others are reached.
+    reaches: Reaches,
 }
 
 impl Client {
-    pub(super) fn new(plan: &crate::plan::RouterPlan, node_key: Option<&NodeKey>) -> Self {
+    pub(super) fn new(
+        plan: &crate::plan::RouterPlan,
+        node_key: Option<&NodeKey>,
+        reaches: Reaches,
+    ) -> Self {
         Self {
             pool: Pool::new(plan.connect_timeout, plan.max_in_flight),
             first_byte_timeout: plan.first_byte_timeout,
             node_key: node_key.and_then(NodeKey::authorization),
+            reaches,
         }
     }
 
@@ -274,12 +294,13 @@ impl Client {
         pick: &Pick,
         leg: Leg<'_>,
     ) -> impl Future<Output = Result<Reply, LegError>> + Send + 'static {
-        let (pool, node, last) = (self.pool.clone(), pick.addr, leg.target.last);
+        let (pool, last) = (self.pool.clone(), leg.target.last);
+        let node = Way::new(pick.addr, self.reaches.of(pick.node()));
         let request = self.request(pick, leg);
         let limit = self.first_byte_timeout;
         async move {
             let reply = async move {
-                let (head, body) = pool.send(node, request).await?;
+                let (head, body) = pool.send(&node, request).await?;
                 read_reply(head, body, last).await
             };
             timeout(limit, reply)
@@ -288,57 +309,10 @@ impl Client {
         }
     }
 
-    /// What a node says of itself at `path`, to nobody in particular. The caller sets the time limit.
-    pub(super) async fn read(&self, node: SocketAddr, path: &str) -> Result<Bytes, LegError> {
-        let mut headers = HeaderMap::new();
-        if let Ok(host) = HeaderValue::try_from(node.to_string()) {
-            headers.insert(header::HOST, host);
-        }
-        let request = Request {
-            method: Method::GET,
-            head: request_head(&Method::GET, path, &headers, 0),
-            body: Bytes::new(),
-        };
-        let (head, body) = self.pool.send(node, request).await?;
-        let body = read_whole(body, MAX_FIGURES).await?;
-        if head.status != StatusCode::OK {
-            return Err(LegError::Status {
-                status: head.status,
-                excerpt: excerpt(&body),
-            });
-        }
-        Ok(body)
-    }
-
-    /// Says something to a node whose answer, as long as there is one, does not matter.
-    pub(super) async fn tell(
-        &self,
-        node: &NodeView,
-        path: &str,
-        body: Bytes,
-    ) -> Result<(), LegError> {
-        let mut headers = HeaderMap::new();
-        if let Ok(host) = HeaderValue::try_from(node.addr.to_string()) {
-            headers.insert(header::HOST, host);
-        }
-        let json = HeaderValue::from_static("application/json");
-        headers.insert(header::CONTENT_TYPE, json);
-        if let Some(key) = self.node_key.as_ref().filter(|_| !node.external) {
-            headers.insert(header::AUTHORIZATION, key.clone());
-        }
-        let request = Request {
-            method: Method::POST,
-            head: request_head(&Method::POST, path, &headers, body.len()),
-            body,
-        };
-        let (_, body) = self.pool.send(node.addr, request).await?;
-        read_whole(body, MAX_FIGURES).await.map(|_| ())
-    }
-
     fn request(&self, pick: &Pick, leg: Leg<'_>) -> Request {
         let mut headers = HeaderMap::with_capacity(PASSED_ON.len() + 2);
-        // An address is a header value.
-        if let Ok(host) = HeaderValue::try_from(pick.addr.to_string()) {
+        let reach = self.reaches.of(pick.node());
+        if let Some(host) = reach.host(pick.addr) {
             headers.insert(header::HOST, host);
         }
         leg.caller.pass_on(&mut headers);
@@ -346,8 +320,12 @@ impl Client {
         if let Ok(id) = HeaderValue::try_from(id) {
             headers.insert(REQUEST_ID, id);
         }
+        let key = match pick.is_external {
+            true => reach.authorization(),
+            false => self.node_key.as_ref(),
+        };
         // Nothing of a client's own has a meaning there.
-        if let Some(key) = self.node_key.as_ref().filter(|_| !pick.is_external) {
+        if let Some(key) = key {
             headers.remove(API_KEY);
             headers.insert(header::AUTHORIZATION, key.clone());
         }

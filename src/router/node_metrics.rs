@@ -32,7 +32,7 @@ const THEIRS: &str = "exported_node";
 pub(super) async fn of_nodes(cx: &Context) -> String {
     let fleet = cx.fleet.now();
     let asked = fleet.nodes().filter(|node| runs(node)).map(|node| async {
-        let text = timeout(DEADLINE, cx.client.read(node.addr, "/metrics")).await;
+        let text = timeout(DEADLINE, cx.client.read(node, "/metrics")).await;
         (node.id.as_str(), text.ok().and_then(Result::ok))
     });
     let answers = join_all(asked).await;

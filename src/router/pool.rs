@@ -12,7 +12,6 @@
 
 use std::collections::HashMap;
 use std::io::{self, IoSlice};
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
@@ -21,25 +20,20 @@ use std::time::Duration;
 use bytes::{Buf as _, Bytes, BytesMut};
 use http::Method;
 use http_body::{Body, Frame};
-use nix::sys::socket::{setsockopt, sockopt};
-use tokio::io::AsyncWrite as _;
-use tokio::net::TcpStream;
 use tokio::time::{Instant, sleep, timeout};
-use tokio_util::io::poll_read_buf;
 
 use super::wire::{self, Decoder, ReplyHead, WireError};
+use crate::reach::TlsFailure;
+use link::Link;
+
+mod link;
+
+pub(super) use link::Way;
 
 /// vLLM closes idle connections after 5 s (uvicorn's default); we do it before.
 const KEPT: Duration = Duration::from_secs(4);
 /// Between two looks for connections that were kept too long.
 const SWEEP: Duration = Duration::from_secs(1);
-/// A node's machine that is gone says nothing: its kernel is asked after this long, so often, this many times.
-const KEEPALIVE: (u32, u32, u32) = (15, 15, 3);
-/// How long a node's kernel may leave what was sent to it unacknowledged.
-const UNACKNOWLEDGED: u32 = 30_000;
-/// Bytes that are read at once, and where it is known that many more will come.
-const READ: usize = 8 << 10;
-const READ_MOST: usize = 128 << 10;
 
 /// A request that can be sent as often as needed.
 #[derive(Debug)]
@@ -64,6 +58,7 @@ pub enum Broken {
 #[derive(Debug)]
 pub(super) enum Failure {
     Connect(io::Error),
+    Tls(TlsFailure),
     /// Sent, or on the way.
     Broken(Broken),
 }
@@ -76,7 +71,7 @@ pub(super) struct Pool {
 
 #[derive(Debug)]
 struct Shared {
-    kept: Mutex<HashMap<SocketAddr, Vec<Kept>>>,
+    kept: Mutex<HashMap<Way, Vec<Kept>>>,
     /// For each node.
     most: usize,
     connect_timeout: Duration,
@@ -103,7 +98,7 @@ impl Pool {
     /// Sends the request, over a kept connection if there is one, and waits for the head of the reply.
     pub(super) async fn send(
         &self,
-        node: SocketAddr,
+        node: &Way,
         request: Request,
     ) -> Result<(ReplyHead, NodeBody), Failure> {
         loop {
@@ -111,7 +106,7 @@ impl Pool {
             let is_fresh = kept.is_none();
             let mut connection = match kept {
                 Some(connection) => connection,
-                None => self.connect(node).await.map_err(Failure::Connect)?,
+                None => self.connect(node).await?,
             };
             let mut exchange = Exchange::new(&request);
             let head = std::future::poll_fn(|cx| exchange.poll(&mut connection, cx)).await;
@@ -151,10 +146,13 @@ impl Pool {
         }
     }
 
-    fn take(&self, node: SocketAddr) -> Option<Connection> {
+    fn take(&self, node: &Way) -> Option<Connection> {
         loop {
-            let Kept { connection, since } = self.lock().get_mut(&node)?.pop()?;
-            if since.elapsed() < KEPT && connection.is_idle() {
+            let Kept {
+                mut connection,
+                since,
+            } = self.lock().get_mut(node)?.pop()?;
+            if since.elapsed() < KEPT && connection.link.is_idle() {
                 return Some(connection);
             }
         }
@@ -163,69 +161,43 @@ impl Pool {
     fn keep(&self, connection: Connection) {
         let since = Instant::now();
         let mut all = self.lock();
-        let kept = all.entry(connection.node).or_default();
+        let kept = all.entry(connection.node.clone()).or_default();
         if kept.len() < self.shared.most {
             kept.push(Kept { connection, since });
         }
     }
 
-    async fn connect(&self, node: SocketAddr) -> io::Result<Connection> {
+    async fn connect(&self, node: &Way) -> Result<Connection, Failure> {
         let limit = self.shared.connect_timeout;
-        let stream = timeout(limit, TcpStream::connect(node)).await;
-        let stream = stream.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
-        prepare(&stream)?;
+        let link = timeout(limit, Link::connect(node)).await;
+        let link =
+            link.unwrap_or_else(|_| Err(Failure::Connect(io::ErrorKind::TimedOut.into())))?;
         Ok(Connection {
-            node,
-            stream,
+            node: node.clone(),
+            link,
             read: BytesMut::new(),
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<SocketAddr, Vec<Kept>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Way, Vec<Kept>>> {
         // Every change is one step.
         let kept = self.shared.kept.lock();
         kept.unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn prepare(stream: &TcpStream) -> io::Result<()> {
-    let (idle, interval, count) = KEEPALIVE;
-    stream.set_nodelay(true)?;
-    setsockopt(stream, sockopt::KeepAlive, &true)?;
-    setsockopt(stream, sockopt::TcpKeepIdle, &idle)?;
-    setsockopt(stream, sockopt::TcpKeepInterval, &interval)?;
-    setsockopt(stream, sockopt::TcpKeepCount, &count)?;
-    setsockopt(stream, sockopt::TcpUserTimeout, &UNACKNOWLEDGED)?;
-    Ok(())
-}
-
 #[derive(Debug)]
 struct Connection {
-    node: SocketAddr,
-    stream: TcpStream,
+    node: Way,
+    link: Link,
     /// Read, and not looked at yet.
     read: BytesMut,
 }
 
 impl Connection {
-    /// The node has not closed it, as far as is known, and says nothing that it was not asked.
-    fn is_idle(&self) -> bool {
-        let said = self.stream.try_read(&mut [0]);
-        matches!(said, Err(error) if error.kind() == io::ErrorKind::WouldBlock)
-    }
-
     /// Reads what is there; 0: the node has hung up. `expected`: bytes that will come in any case.
     fn poll_read(&mut self, expected: u64, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        if self.stream.poll_read_ready(cx)?.is_pending() {
-            if self.read.is_empty() {
-                // It may be long: without a buffer meanwhile.
-                self.read = BytesMut::new();
-            }
-            return Poll::Pending;
-        }
-        let expected = usize::try_from(expected).unwrap_or(READ_MOST);
-        self.read.reserve(expected.clamp(READ, READ_MOST));
-        poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.read)
+        self.link.poll_read(&mut self.read, expected, cx)
     }
 }
 
@@ -234,6 +206,8 @@ impl Connection {
 struct Exchange<'a> {
     request: &'a Request,
     sent: usize,
+    /// Nothing of it waits here for being encrypted and written.
+    flushed: bool,
     /// It does not listen any more; what it has said before still counts.
     deaf: Option<io::Error>,
 }
@@ -243,12 +217,30 @@ impl<'a> Exchange<'a> {
         Self {
             request,
             sent: 0,
+            flushed: false,
             deaf: None,
         }
     }
 
     fn is_sent(&self) -> bool {
-        self.sent == self.request.head.len() + self.request.body.len()
+        self.flushed
+    }
+
+    /// Writes on: `None` once all is written.
+    fn poll_write(
+        &mut self,
+        link: &mut Link,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<Option<usize>>> {
+        let (mut head, mut body) = (self.request.head.as_slice(), self.request.body.as_ref());
+        if self.sent == head.len() + body.len() {
+            return link.poll_flush(cx).map_ok(|()| None);
+        }
+        let of_head = self.sent.min(head.len());
+        head.advance(of_head);
+        body.advance(self.sent - of_head);
+        let parts = [IoSlice::new(head), IoSlice::new(body)];
+        link.poll_write_vectored(&parts, cx).map_ok(Some)
     }
 
     fn poll(
@@ -257,14 +249,10 @@ impl<'a> Exchange<'a> {
         cx: &mut Context<'_>,
     ) -> Poll<Result<ReplyHead, Broken>> {
         while !self.is_sent() && self.deaf.is_none() {
-            let (mut head, mut body) = (self.request.head.as_slice(), self.request.body.as_ref());
-            let of_head = self.sent.min(head.len());
-            head.advance(of_head);
-            body.advance(self.sent - of_head);
-            let parts = [IoSlice::new(head), IoSlice::new(body)];
-            match Pin::new(&mut connection.stream).poll_write_vectored(cx, &parts) {
-                Poll::Ready(Ok(0)) => self.deaf = Some(io::ErrorKind::WriteZero.into()),
-                Poll::Ready(Ok(sent)) => self.sent += sent,
+            match self.poll_write(&mut connection.link, cx) {
+                Poll::Ready(Ok(None)) => self.flushed = true,
+                Poll::Ready(Ok(Some(0))) => self.deaf = Some(io::ErrorKind::WriteZero.into()),
+                Poll::Ready(Ok(Some(sent))) => self.sent += sent,
                 Poll::Ready(Err(error)) => self.deaf = Some(error),
                 Poll::Pending => break,
             }

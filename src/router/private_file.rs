@@ -23,7 +23,7 @@ impl Stamp {
 }
 
 /// The text of a file that everybody may read.
-pub(super) fn read_open(file: &Path) -> io::Result<String> {
+pub fn read_open(file: &Path) -> io::Result<String> {
     read(file, 0)
 }
 

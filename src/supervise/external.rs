@@ -8,26 +8,32 @@
 //!    └──────────────▶ Down ◀───────── refused, 503, ... ─────┘
 //! ```
 //!
-//! A look is `GET /health` on a connection of its own, every `health_interval`, and at once when the router
+//! A look is `GET /health` on a connection of its own ([`ask`]), every `health_interval`, and at once when the router
 //! was refused a connection. Nobody tells us that a process has been replaced, so each way up from `Down`
-//! counts as a new incarnation.
+//! counts as a new incarnation. A person may drain it: it is Draining then where it would be Ready, and gets nothing new.
 
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use http::StatusCode;
-use reqwest::redirect::Policy;
 use tokio::net::lookup_host;
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::models::{MAX_MODELS, names};
+use super::orders::{Order, OrderDesk};
+use super::state::{Command, Refusal};
 use crate::fleet::{FleetPublisher, NodeView, Phase};
 use crate::notify::{Beat, Vitals};
 use crate::plan::ExternalNode;
+use crate::reach::{Reach, Reaches};
 use crate::topology::NodeUrl;
 use crate::traffic::Traffic;
+use ask::{Silence, ask};
+
+mod ask;
 
 /// For the whole look.
 const LOOK: Duration = Duration::from_secs(1);
@@ -52,25 +58,24 @@ pub struct ExternalDeps {
     pub fleet: FleetPublisher,
     pub traffic: Traffic,
     pub vitals: Vitals,
+    pub reaches: Reaches,
+    /// What people ask of them.
+    pub orders: OrderDesk,
 }
 
 /// Watches the nodes until `end`.
 pub async fn watch_external(
     nodes: Vec<ExternalNode>,
-    deps: ExternalDeps,
+    mut deps: ExternalDeps,
     end: CancellationToken,
-) -> reqwest::Result<()> {
-    let http = reqwest::Client::builder()
-        .no_proxy()
-        .redirect(Policy::none())
-        // A connection of before says nothing about whether the node takes new ones.
-        .pool_max_idle_per_host(0)
-        .build()?;
+) {
     let mut watchers = JoinSet::new();
     for node in nodes {
         let beat = deps.vitals.part(format!("the watch of {}", node.id));
         let watcher = Watcher {
-            http: http.clone(),
+            reach: deps.reaches.of(&node.id).clone(),
+            orders: deps.orders.take(&node.id),
+            is_drained: false,
             interval: deps.health_interval,
             fleet: deps.fleet.clone(),
             traffic: deps.traffic.clone(),
@@ -83,12 +88,14 @@ pub async fn watch_external(
     }
     end.cancelled().await;
     watchers.shutdown().await;
-    Ok(())
 }
 
 struct Watcher {
     node: ExternalNode,
-    http: reqwest::Client,
+    reach: Reach,
+    orders: mpsc::Receiver<Order>,
+    /// A person has asked for that: it gets nothing new.
+    is_drained: bool,
     interval: Duration,
     fleet: FleetPublisher,
     traffic: Traffic,
@@ -101,25 +108,61 @@ struct Watcher {
 impl Watcher {
     async fn run(mut self, mut beat: Beat) {
         loop {
-            let look = beat.during(self.look()).await;
+            let mut look = beat.during(self.look()).await;
+            if look == Look::Healthy && self.models.is_none() {
+                // Before anybody is told that it is ready: requests for another model must not get there.
+                match beat.during(self.ask_models()).await {
+                    Models::Listed(models) => self.learn(models),
+                    Models::Unknown => {}
+                    Models::Refused(why) => look = Look::Down(why),
+                }
+            }
             let before = self.standing.clone();
             self.standing.see(look);
             if self.standing.phase != Phase::Ready {
                 self.models = None;
-            } else if self.models.is_none() {
-                // Before anybody is told that it is ready: requests for another model must not get there.
-                self.models = beat.during(self.ask_models()).await;
-                self.publish_models();
             }
             self.publish(&before);
             beat.mark();
-            beat.during(async {
+            let order = beat.during(async {
                 tokio::select! {
-                    () = sleep(self.interval) => {}
-                    () = self.traffic.suspected(&self.node.id) => {}
+                    () = sleep(self.interval) => None,
+                    () = self.traffic.suspected(&self.node.id) => None,
+                    Some(order) = self.orders.recv() => Some(order),
                 }
-            })
-            .await;
+            });
+            if let Some(order) = order.await {
+                self.obey(order);
+            }
+        }
+    }
+
+    /// What becomes of the node itself is not ours: only what is sent to it.
+    fn obey(&mut self, order: Order) {
+        let done = match order.command {
+            Command::Drain => {
+                self.is_drained = true;
+                self.traffic.close(&self.node.id);
+                Ok(())
+            }
+            Command::Undrain => {
+                self.is_drained = false;
+                self.traffic.open(&self.node.id);
+                Ok(())
+            }
+            Command::Restart { .. } => Err(Refusal::Others),
+        };
+        let phase = self.phase();
+        self.fleet.update(&self.node.id, |view| view.phase = phase);
+        // Who asked may be gone.
+        let _ = order.reply.send(done);
+    }
+
+    /// Of a node that is drained, or not.
+    fn phase(&self) -> Phase {
+        match (&self.standing.phase, self.is_drained) {
+            (Phase::Ready, true) => Phase::Draining,
+            (phase, _) => phase.clone(),
         }
     }
 
@@ -129,13 +172,12 @@ impl Watcher {
                 Ok(addr) => addr,
                 Err(why) => return Look::Down(why),
             };
-            let url = format!("http://{}/health", self.addr);
-            match self.http.get(url).send().await {
-                Ok(reply) if reply.status().is_success() => Look::Healthy,
-                Ok(reply) => Look::Down(format!("GET /health was answered {}", reply.status())),
-                Err(error) if error.is_connect() => Look::Down(innermost(&error)),
+            match ask(self.addr, &self.reach, "/health", None).await {
+                Ok(reply) if reply.status.is_success() => Look::Healthy,
+                Ok(reply) => Look::Down(format!("GET /health was answered {}", reply.status)),
+                Err(Silence::Unreached(why)) => Look::Down(format!("cannot connect: {why}")),
                 // It hung up in the middle; the next look says more.
-                Err(_) => Look::Late,
+                Err(Silence::Broken) => Look::Late,
             }
         };
         timeout(LOOK, looking).await.unwrap_or(Look::Late)
@@ -161,38 +203,48 @@ impl Watcher {
         }
         self.fleet.update(node, |view| {
             view.addr = self.addr;
-            view.phase = now.phase.clone();
+            view.phase = self.phase();
             view.incarnation = now.incarnation;
             view.reason = now.reason.clone();
         });
     }
 
-    /// `None`: not this time. A node that has no list of models is not asked again.
-    async fn ask_models(&self) -> Option<Vec<String>> {
-        let asking = async {
-            let url = format!("http://{}/v1/models", self.addr);
-            let mut reply = self.http.get(url).send().await.ok()?;
-            if reply.status() == StatusCode::NOT_FOUND {
-                return Some(Vec::new());
-            }
-            let mut body = Vec::new();
-            while let Some(piece) = reply.chunk().await.ok()? {
-                body.extend_from_slice(&piece);
-                if body.len() > MAX_MODELS {
-                    return Some(Vec::new());
-                }
-            }
-            names(&body)
+    /// A node that has no list of models is not asked again.
+    async fn ask_models(&self) -> Models {
+        let asked = ask(self.addr, &self.reach, "/v1/models", Some(MAX_MODELS));
+        let Ok(Ok(reply)) = timeout(LOOK, asked).await else {
+            return Models::Unknown;
         };
-        timeout(LOOK, asking).await.ok()?
+        match (reply.status, reply.body) {
+            // Whose key is not ours is asked with the clients' own.
+            (status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN), _)
+                if self.reach.authorization().is_some() =>
+            {
+                Models::Refused(format!(
+                    "GET /v1/models was answered {status}: it does not take the key that it is shown"
+                ))
+            }
+            // In the latter case it is longer than any list.
+            (StatusCode::NOT_FOUND, _) | (_, None) => Models::Listed(Vec::new()),
+            (_, Some(body)) => names(&body).map_or(Models::Unknown, Models::Listed),
+        }
     }
 
-    fn publish_models(&self) {
-        let Some(models) = &self.models else { return };
+    fn learn(&mut self, models: Vec<String>) {
         self.fleet.update(&self.node.id, |view| {
             view.models = models.as_slice().into();
         });
+        self.models = Some(models);
     }
+}
+
+/// What the node says that it serves.
+enum Models {
+    Listed(Vec<String>),
+    /// Not this time.
+    Unknown,
+    /// It would refuse every request, and this is why.
+    Refused(String),
 }
 
 /// The address now. A name may have several, and may move: the known one is kept while it is among them.
@@ -209,15 +261,6 @@ async fn resolve(url: &NodeUrl, known: SocketAddr) -> Result<SocketAddr, String>
     }
     let first = found.first().copied();
     first.ok_or_else(|| format!("{} has no address", url.host()))
-}
-
-/// What the operating system said.
-fn innermost(error: &reqwest::Error) -> String {
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    format!("cannot connect: {cause}")
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -64,6 +64,14 @@ impl Orders {
 }
 
 impl OrderDesk {
+    /// A desk of their own for these nodes.
+    pub fn split<'n>(&mut self, nodes: impl Iterator<Item = &'n NodeId>) -> Self {
+        let taken = nodes.filter_map(|node| self.nodes.remove_entry(node));
+        Self {
+            nodes: taken.collect(),
+        }
+    }
+
     /// For the node's actor. Nobody commands a node that is not listed.
     pub(super) fn take(&mut self, node: &NodeId) -> mpsc::Receiver<Order> {
         self.nodes

@@ -19,5 +19,6 @@ pub fn plan() -> SupervisorPlan {
         log_bytes: 1 << 20,
         log_files: 5,
         cgroup: CgroupRequest::Off,
+        node_key_file: None,
     }
 }

@@ -17,7 +17,7 @@ use Verdict::{OneOnly, Owned, UnifiedOnly, Unsupported};
 
 const SPLIT_WORLD: &str =
     "pegaflow pins and pairs nodes itself; write more nodes (`count`) or `tensor_parallel`";
-const ADDRESS: &str = "pegaflow's router and probes speak plain HTTP to it on loopback";
+const ADDRESS: &str = "pegaflow's router and probes speak plain HTTP to it";
 const KV: &str = "leave it out: pegaflow configures the connector, its store is sized in [kv]";
 
 const LORA: &str = "that a node loads no other adapter's KV is not proven yet; merge the adapter into the model, or \
@@ -33,7 +33,7 @@ const FLAGS: &[(&str, Verdict)] = &[
     (
         "--host",
         Owned {
-            instead: "leave it out: nodes listen on loopback, `listen` in [router] is the public address",
+            instead: "write `host` in the [[node]]; clients come in at `listen` in [router]",
         },
     ),
     (

@@ -40,6 +40,8 @@ pub(super) enum Shape {
     Size,
     SizeOrPercent,
     Address,
+    /// An IP address of this machine.
+    Host,
     /// Of a node that others started.
     Url,
     /// A header's name, or nothing.
@@ -70,8 +72,8 @@ pub(super) enum Absent {
 
 use Absent::{Is, Required, Words};
 use Shape::{
-    Address, Aliases, Boolean, Cpus, Duration, DurationOrZero, Gpus, Header, Integer, Model, Name,
-    Numa, Number, OneOf, Origins, Size, SizeOrPercent, Strings, Tables, Text, Url, Variables,
+    Address, Aliases, Boolean, Cpus, Duration, DurationOrZero, Gpus, Header, Host, Integer, Model,
+    Name, Numa, Number, OneOf, Origins, Size, SizeOrPercent, Strings, Tables, Text, Url, Variables,
 };
 
 const fn key(name: &'static str, shape: Shape, absent: Absent, doc: &'static str) -> Key {
@@ -122,7 +124,7 @@ pub(super) const KV: Table = Table {
     doc: "The store through which prefill hands KV to decode, or what does so in its place.",
     keys: &[
         key("connector", OneOf(&["pegaflow", "nixl"]), Is("\"pegaflow\""), "pegaflow: the store, in memory that all nodes of this machine share. nixl: vLLM's NixlConnector, with which decode reads from prefill, also over a network; then there is no store."),
-        key("side_channel_host", Text, Is("\"127.0.0.1\""), "With nixl: the IP address of this machine at which decode nodes ask prefill nodes what they hold."),
+        key("side_channel_host", Host, Is("\"127.0.0.1\""), "With nixl: the IP address of this machine at which decode nodes ask prefill nodes what they hold."),
         key("capacity", SizeOrPercent, Is("\"8GiB\""), "Host memory for KV, at least 16MiB: a size, or a share of the machine's memory like 50%."),
         key("hugepages", OneOf(&["auto", "on", "off"]), Is("\"auto\""), "auto: 2 MiB pages where enough are set aside. on: refused where too few are free. off: normal pages."),
         key("numa", Numa, Is("\"auto\""), "On which NUMA nodes the store lies: auto, interleave, none, or a list of them."),
@@ -130,7 +132,7 @@ pub(super) const KV: Table = Table {
         key("save_decoded", Boolean, Is("false"), "Decode nodes save the tokens they generate too, for the next turn of a conversation."),
         key("verify", Boolean, Is("false"), "A checksum is kept of everything that is saved and compared at every load; what differs is computed again."),
         key("allow_unproven_models", Boolean, Is("false"), "Skips the refusal of models that are known to answer wrongly with loaded KV."),
-        key("canary_logprob_tolerance", Number(0.0, 10.0), Words("0.05, on CPU without AMX and NIXL 0.0"), "How far log probabilities with loaded KV may be from computed ones; 0.0 is bit-exact."),
+        key("canary_logprob_tolerance", Number(0.0, 10.0), Words("0.05, on CPU without AMX 0.0, with NIXL 0.2"), "How far log probabilities with loaded KV may be from computed ones; 0.0 is bit-exact."),
     ],
 };
 
@@ -184,6 +186,7 @@ pub(super) const SUPERVISOR: Table = Table {
         key("log_bytes", Size, Is("\"32MiB\""), "Of one log file before it is rotated; at least 1MiB."),
         key("log_files", Integer(1, 100, 1), Is("5"), "Rotated log files that are kept of each node, beside the current one."),
         key("cgroup", OneOf(&["auto", "off", "require"]), Is("\"auto\""), "auto: each node gets a control group (version 2) of its own where pegaflow may make some. off: none. require: refused where it may not."),
+        key("node_key_file", Text, Words("a key that is new for each run"), "A file with the key that nodes ask for, relative to the topology, which no other user may read: for who else uses a node with a `host`."),
     ],
 };
 
@@ -195,7 +198,10 @@ pub(super) const NODE: Table = Table {
         key("name", Name, Words("the role"), "Unique."),
         key("role", OneOf(&["prefill", "decode", "unified"]), Required, "prefill computes prompts, decode loads their KV and generates (both are needed), unified does everything for itself."),
         key("pool", Name, Is("\"default\""), "Prefill and decode nodes of one pool hand off to each other, and to no others."),
-        key("url", Url, Words("pegaflow starts the node"), "Where a node is that others started, like http://10.0.0.7:8000: it is looked at and gets requests, and nothing else of it is pegaflow's."),
+        key("url", Url, Words("pegaflow starts the node"), "Where a node is that others started, like http://10.0.0.7:8000: it is looked at and gets requests, and nothing else of it is pegaflow's. https:// is spoken too."),
+        key("key_file", Text, Words("the client's own key goes there"), "Beside `url`: a file with that node's API key, relative to the topology, which no other user may read."),
+        key("ca_file", Text, Words("whom this machine trusts"), "Beside an https `url`: the certificates, in PEM, of who vouches for that node."),
+        key("host", Host, Is("\"127.0.0.1\""), "The IP address of this machine at which the node listens; another than 127.0.0.1 for a pegaflow elsewhere, which needs `node_key_file` of [supervisor] too."),
         key("model", Model, Words("the topology's `model`"), "Another model for this node: as `model` at the top. All prefill and decode nodes of a pool serve one."),
         key("served_model_name", Text, Words("the last part of the node's `model`, else the topology's name"), "What clients write in `model` to reach this node."),
         key("weight", Integer(1, 100, 1), Is("1"), "How much it can do beside other nodes of its role: one of 2 gets twice the tokens of one of 1."),
@@ -205,7 +211,7 @@ pub(super) const NODE: Table = Table {
         key("tensor_parallel", Integer(1, 64, 1), Words("what `gpus` asks for, else 1"), "Ranks of one replica; equal on all nodes that share KV."),
         key("args", Strings, Is("[]"), "More flags for vLLM, like [\"--max-num-seqs\", \"64\"]; not those that pegaflow sets."),
         key("env", Variables, Is("{}"), "More environment variables; not those that pegaflow sets. ${NAME} takes pegaflow's own."),
-        key("port", Integer(0, 65535, 1), Is("0"), "HTTP port on 127.0.0.1; 0: pegaflow finds one. One replica only."),
+        key("port", Integer(0, 65535, 1), Is("0"), "HTTP port on `host`; 0: pegaflow finds one. One replica only."),
         key("gpu_memory_fraction", Number(0.01, 1.0), Is("0.9"), "Of each GPU's memory, for weights and KV."),
         key("gpu_memory_free", Size, Words("none"), "Each of the node's GPUs must have this much memory free."),
         key("share_gpus", Boolean, Is("false"), "The GPUs may be other nodes' too that say the same, while their fractions add up to 1.0 at most."),

@@ -9,7 +9,7 @@ use super::keys;
 use super::memory::{Capacity, HugepageRequest, NumaRequest, capacity, hugepages, numa};
 use super::problem::{Findings, ProblemKind};
 use super::section::Section;
-use super::value::{boolean, number, one_of, string};
+use super::value::{boolean, host, number, one_of};
 
 const GIB: u64 = 1 << 30;
 
@@ -72,19 +72,6 @@ pub(super) fn kv(top: &mut Section<'_, '_, '_, '_>) -> KvSettings {
 fn connector(value: &DeValue<'_>) -> Result<Connector, ProblemKind> {
     let choices = [("pegaflow", Connector::Pegaflow), ("nixl", Connector::Nixl)];
     one_of(value, &choices)
-}
-
-/// Others connect to it, so it is one address of this machine.
-fn host(value: &DeValue<'_>) -> Result<IpAddr, ProblemKind> {
-    let text = string(value)?;
-    match text.parse::<IpAddr>() {
-        Ok(ip) if !ip.is_unspecified() => Ok(ip),
-        _ => Err(ProblemKind::BadValue {
-            found: format!("{text:?}"),
-            instead: "an IP address of this machine that the other nodes reach, like \"10.0.0.7\""
-                .to_owned(),
-        }),
-    }
 }
 
 /// Keys of the store, where there is none, and of NIXL where it is not used.

@@ -2,8 +2,8 @@
 //!
 //! A value that cannot be read is reported and replaced by its default, so that reading goes on.
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use toml::de::{DeTable, DeValue};
 
@@ -13,29 +13,20 @@ use super::kv::kv;
 use super::problem::{Findings, ProblemKind};
 use super::section::Section;
 use super::source::join;
+use super::supervisor::supervisor;
 use super::value::{
-    address, boolean, cpus, device, duration, duration_or_zero, header, integer, node_url,
+    address, boolean, cpus, device, duration, duration_or_zero, header, host, integer, node_url,
     non_empty, number, one_of, role, size, string, wrong,
 };
 use super::{
     CpuRequest, Device, GpuRequest, KvReady, ModelRef, NodeModel, NodeSettings, RouterSettings,
-    RuntimeSettings, Secrets, SupervisorSettings, TlsFiles, Topology,
+    RuntimeSettings, Secrets, TlsFiles, Topology,
 };
 use crate::fleet::{DEFAULT_POOL, Role};
 
-const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 /// Limits that only keep typing errors out.
 const MANY: i128 = 1_000_000;
-
-/// `cgroup`: whether each node gets a control group of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum CgroupRequest {
-    /// Where pegaflow may make some.
-    Auto,
-    Off,
-    Require,
-}
 
 pub(super) fn topology(document: &DeTable<'_>, findings: &mut Findings<'_>) -> Topology {
     let file = findings.source.file().to_owned();
@@ -82,7 +73,7 @@ pub(super) fn topology(document: &DeTable<'_>, findings: &mut Findings<'_>) -> T
             ..router(&mut top, &base)
         },
         kv,
-        supervisor: supervisor(&mut top),
+        supervisor: supervisor(&mut top, &base),
         nodes,
         source: top.findings.source.clone(),
         secrets: Secrets::default(),
@@ -213,12 +204,8 @@ fn router(top: &mut Section<'_, '_, '_, '_>, base: &Path) -> RouterSettings {
     let aliases = section.string_map("aliases");
     RouterSettings {
         listen: section.get("listen", address).unwrap_or(default.listen),
-        api_keys: section
-            .get("api_keys", non_empty)
-            .map(|path| base.join(path)),
-        admin_key_file: section
-            .get("admin_key_file", non_empty)
-            .map(|path| base.join(path)),
+        api_keys: section.file("api_keys", base),
+        admin_key_file: section.file("admin_key_file", base),
         kv_ready: section.get("kv_ready", kv_ready).unwrap_or_default(),
         connector: default.connector,
         tls,
@@ -280,34 +267,6 @@ fn tls(section: &mut Section<'_, '_, '_, '_>, base: &Path) -> Option<TlsFiles> {
         cert: base.join(cert?),
         key: base.join(key?),
     })
-}
-
-fn supervisor(top: &mut Section<'_, '_, '_, '_>) -> SupervisorSettings {
-    let mut section = top.sub("supervisor", &keys::SUPERVISOR);
-    SupervisorSettings {
-        start_timeout: section.seconds("start_timeout", 900),
-        health_interval: section.seconds("health_interval", 1),
-        hang_timeout: section.seconds("hang_timeout", 120),
-        idle_canary: Some(
-            section
-                .get("idle_canary", duration_or_zero)
-                .unwrap_or(Duration::from_secs(30)),
-        )
-        .filter(|interval| !interval.is_zero()),
-        stop_grace: section.seconds("stop_grace", 15),
-        backoff_first: section.seconds("backoff_first", 5),
-        backoff_max: section.seconds("backoff_max", 120),
-        crash_limit: section.get("crash_limit", integer(1..=1000)).unwrap_or(5),
-        crash_window: section.seconds("crash_window", 30 * 60),
-        log_bytes: section.get("log_bytes", size).unwrap_or(32 * MIB),
-        log_files: section.get("log_files", integer(1..=100)).unwrap_or(5),
-        cgroup: section.get("cgroup", cgroup).unwrap_or(CgroupRequest::Auto),
-    }
-}
-
-fn cgroup(value: &DeValue<'_>) -> Result<CgroupRequest, ProblemKind> {
-    use CgroupRequest::{Auto, Off, Require};
-    one_of(value, &[("auto", Auto), ("off", Off), ("require", Require)])
 }
 
 fn nodes(
@@ -403,6 +362,11 @@ fn node(
             .unwrap_or_else(|| DEFAULT_POOL.to_owned()),
         weight: section.get("weight", integer(1..=100)).unwrap_or(1),
         url: section.get("url", node_url),
+        key_file: section.file("key_file", base),
+        ca_file: section.file("ca_file", base),
+        host: section
+            .get("host", host)
+            .unwrap_or(Ipv4Addr::LOCALHOST.into()),
         model: node_model(&mut section, base, main),
         count: section.get("count", integer(1..=64)).unwrap_or(1),
         gpus,

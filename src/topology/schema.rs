@@ -24,8 +24,10 @@ const HEADER: &str = "[!#$%&'*+.^_`|~0-9A-Za-z-]*";
 const ADDRESS: &str = r"([0-9]{1,3}(\.[0-9]{1,3}){3}|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}";
 
 const ORIGIN: &str = r"\*|https?://[!-.0-~]+";
+/// Neither all addresses nor a group of machines.
+const HOST: &str = r"(?!(0|22[4-9]|23[0-9])\.)[0-9]{1,3}(\.[0-9]{1,3}){3}|(?![fF]{2})(?=.*:.*:)(?=.*[1-9A-Fa-f])[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*";
 
-const NODE_URL: &str = r"[hH][tT][tT][pP]://[^/?#@\s]+:[0-9]{1,5}/?";
+const NODE_URL: &str = r"[hH][tT][tT][pP][sS]?://[^/?#@\s]+:[0-9]{1,5}/?";
 
 /// JSON schema, draft 7: what the TOML editors know.
 pub fn schema() -> Value {
@@ -101,6 +103,7 @@ fn of_shape(shape: Shape) -> Value {
         Shape::Size => text(&format!("(?=.*[1-9]){SIZE}")),
         Shape::SizeOrPercent => text(&format!("(?=.*[1-9])({SIZE}|{PERCENT})")),
         Shape::Address => text(ADDRESS),
+        Shape::Host => text(HOST),
         Shape::Url => text(NODE_URL),
         Shape::Header => text(HEADER),
         Shape::Strings => json!({"type": "array", "items": of_shape(Shape::Text)}),

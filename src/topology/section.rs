@@ -1,6 +1,7 @@
 //! One table of the file: typed access to its keys, with a problem for each that does not fit.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use toml::de::{DeTable, DeValue};
@@ -138,6 +139,11 @@ impl<'t, 'd, 'f, 's> Section<'t, 'd, 'f, 's> {
             }
         }
         map
+    }
+
+    /// A file; a relative path starts from the topology's directory.
+    pub(super) fn file(&mut self, key: &str, base: &Path) -> Option<PathBuf> {
+        self.get(key, non_empty).map(|path| base.join(path))
     }
 
     /// A duration above zero.

@@ -32,6 +32,7 @@ pub(super) fn validate(topology: &Topology, findings: &mut Findings<'_>) {
             others::other(topology, &at, node, findings);
             continue;
         }
+        others::own(&at, findings);
         device(topology.device, &at, node, findings);
         port(topology, &at, node, findings);
         args(&at, node, findings);

@@ -1,6 +1,6 @@
 //! One TOML value to one Rust value.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
@@ -108,6 +108,20 @@ pub(super) fn address(value: &DeValue<'_>) -> Read<SocketAddr> {
     text(value, INSTEAD)?
         .parse()
         .map_err(|_| bad(value, INSTEAD))
+}
+
+/// An address that one listener can have, and others can connect to.
+pub(super) fn host(value: &DeValue<'_>) -> Read<IpAddr> {
+    const INSTEAD: &str = "an IP address of this machine, like \"10.0.0.8\"";
+    const ONE: &str =
+        "one IP address of this machine, like \"10.0.0.8\": pegaflow itself connects to it";
+    let found: IpAddr = text(value, INSTEAD)?
+        .parse()
+        .map_err(|_| bad(value, INSTEAD))?;
+    match found.is_unspecified() || found.is_multicast() {
+        true => Err(bad(value, ONE)),
+        false => Ok(found),
+    }
 }
 
 pub(super) fn node_url(value: &DeValue<'_>) -> Read<NodeUrl> {

@@ -161,6 +161,7 @@ fn a_node_of_others_has_an_address_and_a_part_and_nothing_else() {
         "args = [\"--seed\", \"1\"]\n",
         "env = { A = \"b\" }\n",
         "port = 9000\n",
+        "host = \"10.0.0.8\"\n",
         "kv_cache = \"1GiB\"\n",
     ] {
         let (.., key, kind) = one(&cuda(&[PD, &other("unified", rest)].concat()));
@@ -186,7 +187,7 @@ fn a_node_of_others_has_an_address_and_a_part_and_nothing_else() {
     let (.., key, kind) = one(&cuda(&[PD, &other("unified", ""), &twice].concat()));
     assert_eq!(key, "node[3].url");
     assert!(matches!(kind, Kind::Conflict { with, .. } if with.contains("node[2]")));
-    for wrong in ["https://a:1", "a:1", "http://a:1/v1"] {
+    for wrong in ["ftp://a:1", "a:1", "http://a:1/v1", "https://a"] {
         let text = other("unified", "").replace("http://unified:8000", wrong);
         let (.., key, kind) = one(&cuda(&[PD, &text].concat()));
         assert_eq!(key, "node[2].url", "{wrong}");
@@ -196,6 +197,46 @@ fn a_node_of_others_has_an_address_and_a_part_and_nothing_else() {
     let (.., key, kind) = one(&cuda(&other("unified", "")));
     assert_eq!(key, "node");
     assert!(matches!(kind, Kind::Missing { instead } if instead.contains("pegaflow router")));
+}
+
+#[test]
+fn a_node_of_others_may_want_a_key_and_speak_tls() {
+    let other = |url: &str, rest: &str| {
+        let other = format!("[[node]]\nname = \"o\"\nrole = \"unified\"\nurl = \"{url}\"\n{rest}");
+        cuda(&[PD, &other].concat())
+    };
+    let (tls, plain) = ("https://node.test:8000", "http://node.test:8000");
+    let text = other(tls, "key_file = \"node.key\"\nca_file = \"/ca.pem\"\n");
+    let node = Topology::parse(&text, Path::new("dir/t.toml"))
+        .unwrap()
+        .nodes
+        .pop()
+        .unwrap();
+    assert!(node.url.unwrap().is_https());
+    assert_eq!(node.key_file.as_deref(), Some(Path::new("dir/node.key")));
+    assert_eq!(node.ca_file.as_deref(), Some(Path::new("/ca.pem")));
+    let text = other(plain, "key_file = \"node.key\"\n");
+    Topology::parse(&text, Path::new("t.toml")).unwrap();
+    assert_one!(other(plain, "ca_file = \"a\"\n"), 13:1 "node[2].ca_file", Kind::Conflict { .. });
+    assert_one!(other(tls, "key_file = \"\"\n"), 13:12 "node[2].key_file", Kind::BadValue { .. });
+    for key in ["key_file", "ca_file"] {
+        let (.., found, kind) = one(&unified(&format!("{key} = \"a\"\n")));
+        assert_eq!(found, format!("node[0].{key}"));
+        assert!(matches!(kind, Kind::Conflict { with, .. } if with.contains("without `url`")));
+    }
+}
+
+#[test]
+fn a_node_of_ours_listens_at_one_address() {
+    for good in ["127.0.0.1", "10.0.0.8", "::1", "fd00::8"] {
+        let text = unified(&format!("host = \"{good}\"\n"));
+        let topology = Topology::parse(&text, Path::new("t.toml")).unwrap();
+        assert_eq!(topology.nodes[0].host.to_string(), good);
+    }
+    for wrong in ["0.0.0.0", "::", "224.0.0.1", "localhost", "10.0.0.8:1", ""] {
+        let text = unified(&format!("host = \"{wrong}\"\n"));
+        assert_one!(text, 5:8 "node[0].host", Kind::BadValue { .. });
+    }
 }
 
 #[test]

@@ -15,6 +15,8 @@ from conftest import served_model, serving
 from pegaflow import ROOT, Fleet, Reference
 from prompts import NodeUrl, ask, full_chunks, prompt
 
+pytestmark = pytest.mark.soak
+
 CONFIG = ROOT / "configs/1p1d-nixl-cpu.toml"
 LENGTHS = [1, 31, 32, 33, 64, 65, 321, 900, 1500]
 HITS = "vllm:external_prefix_cache_hits_total"
@@ -80,6 +82,19 @@ def test_what_decode_is_told_to_let_go_is_let_go(fleet: Fleet):
     assert post(decode, released).status_code == 404
     machine.wait_until(lambda: used(fleet) == 0, 5, "prefill has let it go")
     assert fleet.node_metric("decode", "vllm:prompt_tokens_total") == computed
+
+
+def test_the_kv_of_another_prompt_is_further_off_than_rounding(fleet: Fleet):
+    """So the canary, which allows for rounding, would see it."""
+    model, prefill, decode = served_model(fleet), fleet.node_url("prefill"), fleet.node_url("decode")
+    for seed in range(5):
+        asked, other = prompt(80 + seed, 103), prompt(90 + seed, 103)
+        body = {"model": model, "prompt": other, "max_tokens": 1, "kv_transfer_params": KEEP}
+        params = post(prefill, body).json()["kv_transfer_params"]
+        wrong = ask(decode, asked, model=model, kv_transfer_params=params, cache_salt=f"wrong-{seed}")
+        right = ask(decode, asked, model=model, cache_salt=f"right-{seed}")
+        equal, apart = wrong.departure(right)
+        assert apart > 0.2, (equal, apart)
 
 
 def test_clients_that_leave_at_any_moment_strand_nothing(fleet: Fleet):

@@ -13,6 +13,7 @@ use pegaflow::handoff::HandoffBoard;
 use pegaflow::live::Live;
 use pegaflow::notify::Vitals;
 use pegaflow::plan::RouterPlan;
+use pegaflow::reach::Reaches;
 use pegaflow::router::{
     ApiKeys, KeysSource, Listeners, RouterDeps, RouterError, RouterMetrics, Tls, serve,
 };
@@ -84,6 +85,16 @@ impl Rig {
         nodes: &[(&str, Role, SocketAddr)],
         node_key: Option<NodeKey>,
     ) -> Self {
+        Self::reaching(board, plan, nodes, (node_key, Reaches::default())).await
+    }
+
+    /// Nodes are reached so.
+    pub async fn reaching(
+        board: &HandoffBoard,
+        plan: RouterPlan,
+        nodes: &[(&str, Role, SocketAddr)],
+        (node_key, reaches): (Option<NodeKey>, Reaches),
+    ) -> Self {
         let nodes = nodes.iter().map(|(id, role, addr)| {
             let mut node = NodeView::pending((*id).into(), *role, *addr).serving(["tiny"]);
             node.phase = Phase::Ready;
@@ -121,6 +132,7 @@ impl Rig {
             admin: open(&admin_key, "NO_KEYS_IN_TESTS"),
             tls,
             node_key,
+            reaches,
             metrics: RouterMetrics::register(&mut registry),
             registry: Arc::new(registry),
             vitals: Vitals::default(),

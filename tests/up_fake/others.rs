@@ -1,5 +1,6 @@
 //! Nodes with a `url`: others started them.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
@@ -92,6 +93,54 @@ async fn a_node_of_others_is_routed_to_and_left_alone() {
     up.stop().await;
     // It serves whoever else asks it.
     assert_eq!(other.figure("vllm:fake_requests_total").await, 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_with_a_host_and_a_key_serves_another_pegaflow() {
+    const KEY: &str = "chosen-for-both";
+    let (theirs, ours) = (Site::new(), Site::new());
+    for site in [&theirs, &ours] {
+        let file = site.path("node.key");
+        std::fs::write(&file, format!("{KEY}\n")).unwrap();
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+    }
+    let port = free_port();
+    let key = format!("node_key_file = {:?}\n", theirs.path("node.key"));
+    let near = format!(
+        "[[node]]\nname = \"lent\"\nrole = \"unified\"\nhost = \"127.0.0.2\"\nport = {port}\n\
+         served_model_name = \"large\"\n"
+    );
+    let text = support::topology(theirs.port);
+    let (settings, _) = text.split_once("[[node]]").unwrap();
+    let chosen = format!("[supervisor]\n{key}");
+    theirs.topology(&(settings.replacen("[supervisor]\n", &chosen, 1) + &near));
+    let lender = theirs.up_ready().await;
+    assert_eq!(
+        lender.node("lent").await["addr"],
+        format!("127.0.0.2:{port}")
+    );
+    assert_eq!(
+        crate::support::client::node_key(&lender.node("lent").await),
+        KEY
+    );
+
+    let far = format!(
+        "\n[[node]]\nname = \"far\"\nrole = \"unified\"\nurl = \"http://127.0.0.2:{port}\"\nkey_file = {:?}\n",
+        ours.path("node.key")
+    );
+    ours.topology(&(support::topology(ours.port) + &far));
+    let up = ours.up_ready().await;
+    up.wait_for_node("far", |node| node["phase"] == "ready")
+        .await;
+    let mut body = completion(1, 64, 8);
+    body["model"] = json!("large");
+    assert_eq!(up.generate(&body).await.ending, Ending::Complete);
+    assert_eq!(lender.generate(&body).await.ending, Ending::Complete);
+    for shown in [up.output(), lender.output(), up.get("/status").await] {
+        assert!(!shown.contains(KEY), "{shown}");
+    }
+    up.stop().await;
+    lender.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -80,8 +80,9 @@ pub(super) const REPLAYS: [(&str, &str); 3] = [("ok", ""), ("ok", "ended"), ("fa
 pub(super) const LEGS: [&str; 3] = ["prefill", "decode", "whole"];
 
 /// Why a leg is sent once more.
-pub(super) const RETRIES: [&str; 9] = [
+pub(super) const RETRIES: [&str; 10] = [
     "connect",
+    "tls",
     "transport",
     "first_byte_timeout",
     "chunk_timeout",

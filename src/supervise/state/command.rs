@@ -33,6 +33,8 @@ pub enum Command {
 pub enum Refusal {
     #[error("it is stopping with pegaflow; start it again with `pegaflow up`")]
     Stopping,
+    #[error("others started it; restart it where that is done")]
+    Others,
     #[error("its supervisor has not answered within {0:?}; see pegaflow's log")]
     NoAnswer(Duration),
 }

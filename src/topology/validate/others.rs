@@ -3,7 +3,7 @@
 use super::{At, Findings, NodeSettings, ProblemKind, Topology};
 
 /// What pegaflow decides for the nodes that it starts.
-const OWN_ONLY: [&str; 13] = [
+const OWN_ONLY: [&str; 14] = [
     "model",
     "served_model_name",
     "count",
@@ -12,6 +12,7 @@ const OWN_ONLY: [&str; 13] = [
     "tensor_parallel",
     "args",
     "env",
+    "host",
     "port",
     "gpu_memory_fraction",
     "gpu_memory_free",
@@ -34,6 +35,14 @@ pub(super) fn other(
             findings.add_at_key(&key, conflict);
         }
     }
+    let key = at.key("ca_file");
+    if node.url.as_ref().is_some_and(|url| !url.is_https()) && findings.source.has(&key) {
+        let conflict = ProblemKind::Conflict {
+            with: "a `url` of plain HTTP".to_owned(),
+            instead: "write https:// there, or leave it out".to_owned(),
+        };
+        findings.add_at_key(&key, conflict);
+    }
     let earlier = topology.nodes.iter().enumerate().take(at.0);
     let mut same = earlier.filter(|(_, other)| other.url == node.url);
     if let Some((index, _)) = same.next() {
@@ -42,6 +51,33 @@ pub(super) fn other(
             instead: "write each node once; it has one role".to_owned(),
         };
         findings.add(&at.key("url"), conflict);
+    }
+}
+
+/// What only a node of others has.
+pub(super) fn own(at: &At, findings: &mut Findings<'_>) {
+    // A bad URL is told already, and the node may be no own one.
+    if findings.is_bad(&at.key("url")) {
+        return;
+    }
+    for (key, instead) in [
+        (
+            "key_file",
+            "write `node_key_file` in [supervisor] for the key of pegaflow's own nodes",
+        ),
+        (
+            "ca_file",
+            "leave it out: pegaflow's own nodes speak plain HTTP",
+        ),
+    ] {
+        let key = at.key(key);
+        if findings.source.has(&key) {
+            let conflict = ProblemKind::Conflict {
+                with: "a node without `url`".to_owned(),
+                instead: instead.to_owned(),
+            };
+            findings.add_at_key(&key, conflict);
+        }
     }
 }
 
