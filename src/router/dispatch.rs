@@ -151,7 +151,8 @@ pub(super) async fn deliver(
         };
         tracing::warn!(node = %pick.node(), id = %call.caller.id, %error, "a leg failed before its first byte");
         pick.failed(&error);
-        if let (Some((claim, params)), LegError::Connect(_)) = (claimed, &error) {
+        if let (Some((claim, params)), LegError::Connect(_) | LegError::Tls(_)) = (claimed, &error)
+        {
             claim.give_back(params);
         }
         let failed = Failed {
