@@ -85,16 +85,21 @@ def test_what_decode_is_told_to_let_go_is_let_go(fleet: Fleet):
 
 
 def test_the_kv_of_another_prompt_is_further_off_than_rounding(fleet: Fleet):
-    """So the canary, which allows for rounding, would see it."""
+    """So the canary, which allows for rounding and asks three prompts, would see it. One by itself may pass: another
+    token with about the same logprob counts as a near tie."""
     model, prefill, decode = served_model(fleet), fleet.node_url("prefill"), fleet.node_url("decode")
-    for seed in range(5):
-        asked, other = prompt(80 + seed, 103), prompt(90 + seed, 103)
+    seen = []
+    for seed in range(9):
+        asked, other = prompt(80 + seed, 103), prompt(180 + seed, 103)
         body = {"model": model, "prompt": other, "max_tokens": 1, "kv_transfer_params": KEEP}
         params = post(prefill, body).json()["kv_transfer_params"]
         wrong = ask(decode, asked, model=model, kv_transfer_params=params, cache_salt=f"wrong-{seed}")
         right = ask(decode, asked, model=model, cache_salt=f"right-{seed}")
-        equal, apart = wrong.departure(right)
-        assert apart > 0.2, (equal, apart)
+        seen.append(wrong.departure(right))
+    print("equal tokens, and how far apart:", seen)
+    assert all(equal < 32 for equal, _ in seen), seen
+    for three in (seen[:3], seen[3:6], seen[6:]):
+        assert any(apart > 0.2 for _, apart in three), seen
 
 
 def test_clients_that_leave_at_any_moment_strand_nothing(fleet: Fleet):
